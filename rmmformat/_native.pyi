@@ -1,0 +1,65 @@
+"""The C++ core: mapping, index, checks, reconstruction (``native/``)."""
+
+from typing import Any, NamedTuple
+
+class Entry(NamedTuple):
+    """What a task stores at one target, and where its factors go in an arena."""
+
+    target: str
+    n_in: int
+    n_out: int
+    kind: int
+    flags: int
+    kernel: tuple[int, ...]
+    rank: int
+    scale: float
+    dtype_a: int
+    dtype_b: int
+    offset_a: int
+    offset_b: int
+
+class Private(NamedTuple):
+    """One private tensor; ``offset`` and ``n_bytes`` locate its bytes in the file."""
+
+    name: str
+    dtype: int
+    role: int
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+class Violation(NamedTuple):
+    """A rule that the file breaks: number of the rule, offset, message."""
+
+    rule: int
+    offset: int
+    message: str
+
+class File:
+    """An open ``.rmm`` file: header and index are checked, payload is mapped."""
+
+    @staticmethod
+    def open(path: str) -> File: ...
+    @staticmethod
+    def from_buffer(data: Any) -> File: ...
+    def close(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def buffer(self) -> memoryview: ...
+    @property
+    def n_tasks(self) -> int: ...
+    @property
+    def n_targets(self) -> int: ...
+    @property
+    def damaged_slot(self) -> bool: ...
+    def task_names(self) -> list[str]: ...
+    def find_task(self, name: str) -> int: ...
+    def entries(self, task: int, dtype: int) -> tuple[list[Entry], int]: ...
+    def privates(self, task: int) -> list[Private]: ...
+    def load_task(self, task: int, dtype: int, out: Any, threads: int = 0) -> None: ...
+    def load_factor(self, task: int, entry: int, factor: int, dtype: int, out: Any) -> None: ...
+    def validate(self) -> list[Violation]: ...
+
+def validate_bytes(data: Any) -> list[Violation]: ...
+def crc32c(data: Any, crc: int = 0) -> int: ...

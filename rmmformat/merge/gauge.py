@@ -1,0 +1,183 @@
+"""Freedom in the factors: (B G)(G^-1 A) is the same delta for every invertible G.
+
+Tasks trained apart can hold alike deltas in factors that look unrelated, so a common way of
+writing a delta comes before any comparison of factors.  Two are offered; both keep every delta.
+
+Here A is (r, n_in) and B is (n_out, r), as in :class:`rmmformat.model.Factors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rmmformat.errors import ShapeError
+
+__all__ = ["Method", "align", "procrustes", "svd_gauge"]
+
+Array = npt.NDArray[np.generic]
+F64 = npt.NDArray[np.float64]
+Method = Literal["none", "svd", "procrustes"]
+
+
+def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
+    """Rewrite a delta as ``B' A'`` with ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``.
+
+    Component k then carries exactly s_k^2 of the energy of ``B A``, in falling order, split
+    evenly between the two factors.  The entry of largest magnitude in each row of A' is positive.
+
+    Parameters
+    ----------
+    A : (r, n_in)
+    B : (n_out, r)
+
+    Returns
+    -------
+    A' : (r, n_in) float64
+    B' : (n_out, r) float64
+        Components beyond the rank of the delta are zero.
+
+    Raises
+    ------
+    ShapeError
+        If the factors do not fit together.
+
+    Notes
+    -----
+    QR of both factors and the SVD of an r x r matrix: O((n_in + n_out) r^2), and the delta is
+    never formed.
+    """
+    _check(A, B)
+    q_b, r_b = np.linalg.qr(B.astype(np.float64))
+    q_a, r_a = np.linalg.qr(A.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = np.sqrt(s)
+    new_a = root[:, None] * (vt @ q_a.T)
+    new_b = (q_b @ u) * root
+    if new_a.size:
+        at = np.abs(new_a).argmax(axis=1)[:, None]
+        sign = np.where(np.take_along_axis(new_a, at, axis=1)[:, 0] < 0.0, -1.0, 1.0)
+        new_a, new_b = new_a * sign[:, None], new_b * sign
+    # Fewer singular values than r where r exceeds a side of the target.
+    missing = A.shape[0] - s.shape[0]
+    return np.pad(new_a, ((0, missing), (0, 0))), np.pad(new_b, ((0, 0), (0, missing)))
+
+
+def procrustes(
+    factors: Sequence[tuple[Array, Array]],
+    max_steps: int = 200,
+    tolerance: float = 1e-9,
+) -> list[tuple[F64, F64]]:
+    """Rotate every task's factors towards their common mean.
+
+    Each delta starts in its :func:`svd_gauge`.  With ``Z_t = [A_t, B_t^T]``, orthogonal ``G_t``
+    and reference M, ``sum_t ||G_t Z_t - M||^2`` is lowered by turns: M is the mean of the rotated
+    tasks, ``G_t`` the polar factor of ``M Z_t^T``.  Both steps are exact, so the sum never rises.
+
+    Parameters
+    ----------
+    factors
+        Pairs A (r_t, n_in), B (n_out, r_t).  Ranks may differ: a task of rank r_t is rotated
+        within, and compared with, the first r_t rows of the reference, whose row k is the mean
+        over the tasks that have a row k.  So every task keeps its rank.
+    max_steps
+        Most rounds.
+    tolerance
+        Stop once a round lowers the sum by less than this part of the factors' energy.
+
+    Returns
+    -------
+    list of (A', B') float64, shapes as given
+
+    Raises
+    ------
+    ShapeError
+        If there is no task, or factors do not fit.
+
+    Notes
+    -----
+    A local optimum; the start decides which.  Deterministic for one BLAS library.
+
+    Source: Gower, "Generalized Procrustes analysis", Psychometrika 40 (1975).
+    """
+    n_in = _common_sides(factors)[0]
+    stacked = []
+    for A, B in factors:
+        new_a, new_b = svd_gauge(A, B)
+        stacked.append(np.concatenate([new_a, new_b.T], axis=1))
+    energy = sum(float(np.einsum("kl,kl->", z, z)) for z in stacked)
+    before = np.inf
+    for _ in range(max_steps):
+        reference = _reference(stacked)
+        distance = 0.0
+        for t, z in enumerate(stacked):
+            goal = reference[: z.shape[0]]
+            u, _, vt = np.linalg.svd(goal @ z.T)
+            stacked[t] = (u @ vt) @ z
+            difference = stacked[t] - goal
+            distance += float(np.einsum("kl,kl->", difference, difference))
+        if before - distance <= tolerance * energy:
+            break
+        before = distance
+    return [(z[:, :n_in].copy(), z[:, n_in:].T.copy()) for z in stacked]
+
+
+def align(factors: Sequence[tuple[Array, Array]], method: Method) -> list[tuple[F64, F64]]:
+    """Re-express the tasks' factors by `method` before they are merged.
+
+    Parameters
+    ----------
+    factors
+        Pairs A (r_t, n_in), B (n_out, r_t) of the same target.
+    method
+        ``"none"`` (the published method: the factors as they are), ``"svd"`` (each task in its
+        :func:`svd_gauge`) or ``"procrustes"`` (:func:`procrustes`).
+
+    Returns
+    -------
+    list of (A', B') float64, shapes as given
+
+    Raises
+    ------
+    ShapeError
+        If there is no task, factors do not fit, or the method is unknown.
+    """
+    _common_sides(factors)
+    if method == "none":
+        return [(A.astype(np.float64), B.astype(np.float64)) for A, B in factors]
+    if method == "svd":
+        return [svd_gauge(A, B) for A, B in factors]
+    if method == "procrustes":
+        return procrustes(factors)
+    raise ShapeError(f"unknown alignment {method!r}: none, svd or procrustes")
+
+
+def _reference(stacked: Sequence[F64]) -> F64:
+    """Mean over the tasks, row k over those that have one."""
+    total = np.zeros((max(z.shape[0] for z in stacked), stacked[0].shape[1]))
+    count = np.zeros((total.shape[0], 1))
+    for z in stacked:
+        total[: z.shape[0]] += z
+        count[: z.shape[0]] += 1.0
+    return total / count
+
+
+def _check(A: Array, B: Array) -> None:
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise ShapeError(
+            f"factors must be A (rank, n_in) and B (n_out, rank), got {A.shape} and {B.shape}"
+        )
+
+
+def _common_sides(factors: Sequence[tuple[Array, Array]]) -> tuple[int, int]:
+    if not factors:
+        raise ShapeError("need at least one task")
+    for A, B in factors:
+        _check(A, B)
+    sides = sorted({(A.shape[1], B.shape[0]) for A, B in factors})
+    if len(sides) != 1:
+        raise ShapeError(f"tasks differ in the sides of the target: {sides}")
+    return sides[0]
