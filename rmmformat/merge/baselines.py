@@ -24,8 +24,10 @@ def truncate_rank(A: Array, B: Array, rank: int) -> tuple[F64, F64]:
 
     Parameters
     ----------
-    A : (r, n_in)
-    B : (n_out, r)
+    A
+        (r, n_in), any real dtype.
+    B
+        (n_out, r), any real dtype.
     rank
         Components kept, from 0 to r.
 
@@ -70,7 +72,8 @@ def mean_factors(factors: Array) -> F64:
     Source: arXiv 2212.04089, the sum of task vectors, with the weight 1/n.
     """
     _check_stack(factors)
-    return factors.astype(np.float64).mean(axis=0)
+    mean: F64 = factors.astype(np.float64).mean(axis=0)
+    return mean
 
 
 def mean_product(
@@ -134,7 +137,8 @@ def ties(tasks: Array, density: float = 0.2, weight: float = 1.0) -> F64:
 
     Notes
     -----
-    The trim is within the array given; the paper trims over the whole model.
+    The trim is within the array given; the paper trims over the whole model.  An entry whose
+    trimmed values cancel exactly has no elected sign and becomes zero.
 
     Source: arXiv 2306.01708, algorithm 1.
     """
@@ -142,7 +146,7 @@ def ties(tasks: Array, density: float = 0.2, weight: float = 1.0) -> F64:
     _check_density(density)
     values = tasks.astype(np.float64)
     flat = values.reshape(len(values), -1)
-    n_kept = max(1, round(density * flat.shape[1]))
+    n_kept = max(1, int(density * flat.shape[1]))
     size = np.abs(flat)
     threshold = np.partition(size, flat.shape[1] - n_kept, axis=1)[:, [-n_kept]]
     trimmed = np.where(size >= threshold, flat, 0.0)
@@ -150,7 +154,8 @@ def ties(tasks: Array, density: float = 0.2, weight: float = 1.0) -> F64:
     agrees = (np.sign(trimmed) == elected) & (elected != 0.0)
     count = np.maximum(agrees.sum(axis=0), 1)
     merged = np.where(agrees, trimmed, 0.0).sum(axis=0) / count
-    return weight * merged.reshape(values.shape[1:])
+    result: F64 = weight * merged.reshape(values.shape[1:])
+    return result
 
 
 def dare(tasks: Array, rng: np.random.Generator, density: float = 0.2) -> F64:
@@ -181,7 +186,8 @@ def dare(tasks: Array, rng: np.random.Generator, density: float = 0.2) -> F64:
     _check_stack(tasks)
     _check_density(density)
     kept = rng.random(tasks.shape) < density
-    return np.where(kept, tasks.astype(np.float64) / density, 0.0).mean(axis=0)
+    merged: F64 = np.where(kept, tasks.astype(np.float64) / density, 0.0).mean(axis=0)
+    return merged
 
 
 def _check_stack(tasks: Array) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rmmformat.errors import ShapeError
+from rmmformat.merge.gauge import check_factors
 
 __all__ = ["Summary", "delta_norm", "relative_error", "summarize"]
 
@@ -34,8 +35,10 @@ def delta_norm(A: Array, B: Array, scale: float = 1.0) -> float:
 
     Parameters
     ----------
-    A : (r, n_in)
-    B : (n_out, r)
+    A
+        (r, n_in), any real dtype.
+    B
+        (n_out, r), any real dtype.
     scale
         The multiplier as applied.
 
@@ -44,7 +47,7 @@ def delta_norm(A: Array, B: Array, scale: float = 1.0) -> float:
     ShapeError
         If the factors do not fit together.
     """
-    _check(A, B)
+    check_factors(A, B)
     return abs(scale) * _product_norm(B.astype(np.float64), A.T.astype(np.float64))
 
 
@@ -84,12 +87,11 @@ def relative_error(
     of the deltas (about 1e-15 of them), where expanding the square into Gram matrices would lose
     everything below 1e-8.
     """
-    _check(A, B)
-    _check(A2, B2)
+    check_factors(A, B)
+    check_factors(A2, B2)
     if A.shape[1] != A2.shape[1] or B.shape[0] != B2.shape[0]:
         raise ShapeError(
-            f"deltas differ in shape: {(B.shape[0], A.shape[1])} and "
-            f"{(B2.shape[0], A2.shape[1])}"
+            f"deltas differ in shape: {(B.shape[0], A.shape[1])} and {(B2.shape[0], A2.shape[1])}"
         )
     down, up = A.astype(np.float64), B.astype(np.float64)
     down2, up2 = A2.astype(np.float64), B2.astype(np.float64)
@@ -120,12 +122,6 @@ def _product_norm(left: F64, right: F64) -> float:
     """Frobenius norm of ``left @ right.T`` for tall matrices of equally many columns."""
     if 0 in left.shape or 0 in right.shape:
         return 0.0
-    product = np.linalg.qr(left, mode="r") @ np.linalg.qr(right, mode="r").T
-    return float(np.linalg.norm(product))
-
-
-def _check(A: Array, B: Array) -> None:
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise ShapeError(
-            f"factors must be A (rank, n_in) and B (n_out, rank), got {A.shape} and {B.shape}"
-        )
+    r_left: F64 = np.asarray(np.linalg.qr(left, mode="r"))
+    r_right: F64 = np.asarray(np.linalg.qr(right, mode="r"))
+    return float(np.linalg.norm(r_left @ r_right.T))

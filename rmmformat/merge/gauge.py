@@ -16,11 +16,22 @@ import numpy.typing as npt
 
 from rmmformat.errors import ShapeError
 
-__all__ = ["Method", "align", "procrustes", "svd_gauge"]
+__all__ = ["Method", "align", "check_factors", "procrustes", "svd_gauge"]
 
 Array = npt.NDArray[np.generic]
 F64 = npt.NDArray[np.float64]
 Method = Literal["none", "svd", "procrustes"]
+
+# Singular values below this part of the largest, times their number, are rounding.
+_NOISE = 4.0 * float(np.finfo(np.float64).eps)
+
+
+def check_factors(A: Array, B: Array) -> None:
+    """Raise ShapeError unless A is (r, n_in) and B is (n_out, r)."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise ShapeError(
+            f"factors must be A (rank, n_in) and B (n_out, rank), got {A.shape} and {B.shape}"
+        )
 
 
 def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
@@ -31,8 +42,10 @@ def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
 
     Parameters
     ----------
-    A : (r, n_in)
-    B : (n_out, r)
+    A
+        (r, n_in), any real dtype.
+    B
+        (n_out, r), any real dtype.
 
     Returns
     -------
@@ -50,10 +63,12 @@ def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
     QR of both factors and the SVD of an r x r matrix: O((n_in + n_out) r^2), and the delta is
     never formed.
     """
-    _check(A, B)
+    check_factors(A, B)
     q_b, r_b = np.linalg.qr(B.astype(np.float64))
     q_a, r_a = np.linalg.qr(A.T.astype(np.float64))
     u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    # What is left of an exact zero after rounding would come back as its root, 1e-8 of the largest.
+    s[s <= _NOISE * len(s) * s.max(initial=0.0)] = 0.0
     root = np.sqrt(s)
     new_a = root[:, None] * (vt @ q_a.T)
     new_b = (q_b @ u) * root
@@ -68,8 +83,8 @@ def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
 
 def procrustes(
     factors: Sequence[tuple[Array, Array]],
-    max_steps: int = 200,
-    tolerance: float = 1e-9,
+    max_steps: int = 100,
+    tolerance: float = 1e-5,
 ) -> list[tuple[F64, F64]]:
     """Rotate every task's factors towards their common mean.
 
@@ -99,7 +114,10 @@ def procrustes(
 
     Notes
     -----
-    A local optimum; the start decides which.  Deterministic for one BLAS library.
+    A local optimum; the start decides which, and the SVD gauge is a good one: on adapters trained
+    apart (8 tasks, rank 16, 36 targets) it leaves 37 % error at p = 3, where starting from the
+    adapters' own factors, balanced, leaves 45 %, although the sum ends the same to 0.1 %.
+    Deterministic for one BLAS library.
 
     Source: Gower, "Generalized Procrustes analysis", Psychometrika 40 (1975).
     """
@@ -165,18 +183,11 @@ def _reference(stacked: Sequence[F64]) -> F64:
     return total / count
 
 
-def _check(A: Array, B: Array) -> None:
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise ShapeError(
-            f"factors must be A (rank, n_in) and B (n_out, rank), got {A.shape} and {B.shape}"
-        )
-
-
 def _common_sides(factors: Sequence[tuple[Array, Array]]) -> tuple[int, int]:
     if not factors:
         raise ShapeError("need at least one task")
     for A, B in factors:
-        _check(A, B)
+        check_factors(A, B)
     sides = sorted({(A.shape[1], B.shape[0]) for A, B in factors})
     if len(sides) != 1:
         raise ShapeError(f"tasks differ in the sides of the target: {sides}")

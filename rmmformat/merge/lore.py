@@ -65,7 +65,7 @@ def lore(
     thetas: Sequence[Array] | Array,
     mu: float = 0.01,
     steps: int = 20,
-    tolerance: float = 0.0,
+    tolerance: float = 1e-9,
 ) -> LoreResult:
     """Split fine-tuned matrices into an approximate base and low-rank deltas.
 
@@ -171,9 +171,7 @@ def _check(thetas: Sequence[Array] | Array, mu: float, steps: int) -> None:
         raise ShapeError(f"mu and steps must not be negative, got {mu} and {steps}")
 
 
-def _mean_base(
-    thetas: Sequence[Array] | Array, deltas: Sequence[tuple[F64, F64] | None]
-) -> F64:
+def _mean_base(thetas: Sequence[Array] | Array, deltas: Sequence[tuple[F64, F64] | None]) -> F64:
     """Mean of theta_i - delta_i; None stands for a zero delta."""
     total = np.zeros(thetas[0].shape)
     for theta, delta in zip(thetas, deltas, strict=True):

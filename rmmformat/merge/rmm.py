@@ -53,10 +53,9 @@ Grouping = Literal["position", "factor", "row"] | int
 # beside the input while each numpy call still has thousands of groups to work on.
 _BLOCK_VALUES = 2_000_000
 
-# A direction whose energy is below this part of the group's largest (times the size of its Gram
-# matrix) is rounding noise of the eigen-decomposition: the part of the data it could carry is below
-# 1e-8 of the group's norm, less than float32 keeps.
-_NOISE = 4.0 * float(np.finfo(np.float64).eps)
+# A direction that carries less than this part of the norm of its group is float64 rounding noise
+# (of the mean, or of a group of lower rank), not data: it is stored as zero.
+_NOISE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,9 +164,10 @@ def merge(
     groups (2 million values) or of one group, whichever is larger.
 
     Directions are orthonormal to float32 rounding, sorted by falling energy, with the entry of
-    largest magnitude positive.  Blocks are of a fixed size and run in a fixed order; only Gram
-    matrices too large for one BLAS thread (a whole factor as one group) can depend, in their last
-    bits, on the number of BLAS threads.
+    largest magnitude positive.  Blocks are of a fixed size and run in a fixed order, so the result
+    is a function of the input for one machine, numpy and BLAS.  The small matrices of grouping by
+    position never meet BLAS threads; with large groups or many tasks the number of BLAS threads
+    can show in the last bits.
 
     Source: arXiv 2510.14163 (RMM): the mean, ``V`` from the SVD of the centred points and
     ``c_i = V^T (x_i - mean)``.
@@ -186,16 +186,16 @@ def merge(
     for start, stop, m in _blocks(length, group, n * r):
         block = factors[:, :, start:stop].astype(np.float64)
         mean = block.mean(axis=0) if center else np.zeros(block.shape[1:])
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             mean32[:, start:stop] = mean
-        centred = block - mean
-        against = block - mean32[:, start:stop]  # what the stored mean leaves to be fitted
-        if not (np.isfinite(against).all() and np.abs(block).max() <= np.finfo(np.float32).max):
+            against = block - mean32[:, start:stop]  # what the stored mean leaves to be fitted
+        if not np.isfinite(against).all():
             raise NonFiniteError("factors hold NaN, infinity or values beyond float32")
-        if components == 0:
-            continue
         limit = max_components(n, length if rows else r * m, center, rows=r if rows else 1)
-        stored = _directions(_to_groups(centred, m, rows), min(components, limit))
+        if min(components, limit) == 0:
+            continue
+        floor = _NOISE**2 * _energy(_to_groups(block, m, rows))
+        stored = _directions(_to_groups(block - mean, m, rows), min(components, limit), floor)
         fitted = _fit(_to_groups(against, m, rows), stored)
         kept, first = stored.shape[1], start // group
         if rows:
@@ -209,6 +209,8 @@ def merge(
                 .reshape(kept, r, stop - start)
             )
             coefs[:, :kept, 0, first : first + n_groups] = fitted.transpose(1, 2, 0)
+    if not np.isfinite(coefs).all():
+        raise NonFiniteError("factors hold values beyond float32")
     return Shared(mean32 if center else None, basis, group, rows), coefs
 
 
@@ -369,42 +371,46 @@ def _to_groups(block: F64, m: int, rows: bool) -> F64:
     return np.ascontiguousarray(grouped).reshape(columns // m, n, r * m)
 
 
-def _directions(points: F64, p: int) -> F32:
-    """Top principal directions of each group, (G, p, D) float32, from points (G, N, D)."""
+def _directions(points: F64, p: int, floor: F64) -> F32:
+    """Top principal directions of each group, (G, p, D) float32, from points (G, N, D).
+
+    `floor` (G,) is the energy at or below which a direction is noise.
+    """
     n_points, n_values = points.shape[1:]
     transposed = points.transpose(0, 2, 1)
     by_point = n_points <= n_values
     gram = points @ transposed if by_point else transposed @ points
-    energy, vectors = np.linalg.eigh(gram)
     # eigh sorts upwards.
-    energy = energy[:, ::-1][:, :p]
-    leading = vectors[:, :, ::-1][:, :, :p].transpose(0, 2, 1)
-    # Points to values: u^T X = s v^T.  The factor 1/s is left to the normalisation below.
-    found = leading @ points if by_point else np.ascontiguousarray(leading)
-    noise = _NOISE * gram.shape[1]
-    alive = (energy > noise * energy[:, :1]) & (energy > 0.0)
-    if by_point:
-        found = _orthonormal(found, alive)
-    found = np.where(alive[:, :, None], found, 0.0)
+    leading = np.linalg.eigh(gram)[1][:, :, ::-1][:, :, :p].transpose(0, 2, 1)
+    # From points to values: u^T X = s v^T; the normalisation divides by s.
+    found = _orthonormal(leading @ points) if by_point else np.ascontiguousarray(leading)
+    # Eigenvalues of the Gram matrix cannot tell energies below 1e-16 of the largest from nothing.
+    # The energy measured along an orthonormal direction can, and p >= the limit then leaves no
+    # small direction out.
+    along = found @ transposed
+    energy = np.einsum("gpn,gpn->gp", along, along)
+    found = np.where((energy > floor[:, None])[:, :, None], found, 0.0)
     at = np.abs(found).argmax(axis=2)[:, :, None]
     sign = np.where(np.take_along_axis(found, at, axis=2) < 0.0, -1.0, 1.0)
     return (found * sign).astype(np.float32)
 
 
-def _orthonormal(vectors: F64, alive: npt.NDArray[np.bool_]) -> F64:
-    """Gram-Schmidt within each group, rows in order, two passes; dead rows become zero.
+def _orthonormal(vectors: F64) -> F64:
+    """Gram-Schmidt within each group, rows in order, two passes; dependent rows become zero.
 
     Directions of small energy, computed through the Gram matrix, lean on the larger ones by
-    rounding; a second pass makes them orthogonal to float64 rounding ("twice is enough").  Plain
-    sums instead of a library QR, since that would go group by group.
+    rounding; a second pass makes them orthogonal to float64 rounding ("twice is enough": a row
+    that the second pass shortens again was nothing but rounding noise).  Plain sums instead of a
+    library QR, since that would go group by group.
     """
     out = np.zeros_like(vectors)
     for j in range(vectors.shape[1]):
-        v = _unit(vectors[:, j])
+        v, kept = _unit(vectors[:, j]), np.ones(len(vectors), bool)
         for _ in range(2 if j else 0):
             along = out[:, :j] @ v[:, :, None]
-            v = _unit(v - (out[:, :j].transpose(0, 2, 1) @ along)[:, :, 0])
-        out[:, j] = np.where(alive[:, j, None], v, 0.0)
+            rest = v - (out[:, :j].transpose(0, 2, 1) @ along)[:, :, 0]
+            v, kept = _unit(rest), np.einsum("gd,gd->g", rest, rest) > 0.25
+        out[:, j] = np.where(kept[:, None], v, 0.0)
     return out
 
 
@@ -417,6 +423,12 @@ def _unit(v: F64) -> F64:
     return v / np.where(norm > 0.0, norm, 1.0)
 
 
+def _energy(points: F64) -> F64:
+    """Sum of squares of each group."""
+    energy: F64 = np.einsum("gnd,gnd->g", points, points)
+    return energy
+
+
 def _fit(points: F64, stored: F32) -> F32:
     """Least-squares coefficients (G, N, p) of points (G, N, D) on directions (G, p, D)."""
     basis = stored.astype(np.float64)
@@ -425,4 +437,5 @@ def _fit(points: F64, stored: F32) -> F32:
     diagonal = np.einsum("gpp->gp", gram)
     diagonal[diagonal == 0.0] = 1.0
     right = basis @ points.transpose(0, 2, 1)
-    return np.linalg.solve(gram, right).transpose(0, 2, 1).astype(np.float32)
+    with np.errstate(over="ignore"):  # the caller refuses what float32 cannot hold
+        return np.linalg.solve(gram, right).transpose(0, 2, 1).astype(np.float32)
