@@ -1,0 +1,89 @@
+"""One task as one plain safetensors file, for tools that want arrays and no ecosystem.
+
+Layout
+------
+``TARGET.lora_A`` (rank, n_in) and ``TARGET.lora_B`` (n_out, rank) in the task's dtypes, private
+tensors under their own names.  The delta of a target is ``scale * B @ A``; scales, kinds and all
+else that is not an array are one JSON object under the metadata key ``rmmformat``: one key, because
+the library writes several in random order::
+
+    {"version": 1, "task": NAME, "base_model": ID, "config": TEXT,
+     "targets": {TARGET: {"scale": 2.0, "kind": "linear", "transposed": false, "kernel": []}},
+     "privates": {NAME: ROLE}}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from rmmformat.converters.base import DEFAULTS, Options
+from rmmformat.converters.files import atomic_file
+from rmmformat.errors import RmmError
+from rmmformat.model import Action, Array, LedgerLine, SourceTask
+
+__all__ = ["METADATA_KEY", "SafetensorsExporter"]
+
+METADATA_KEY = "rmmformat"
+
+
+class SafetensorsExporter:
+    """Writes a task as a single safetensors file (layout: the module's docstring)."""
+
+    name = "safetensors"
+
+    def export(
+        self, task: SourceTask, out: Path, *, force: bool = False, options: Options = DEFAULTS
+    ) -> tuple[LedgerLine, ...]:
+        """Write the file ``out``; the whole task is held in memory.
+
+        Raises
+        ------
+        RmmError
+            ``out`` exists and ``force`` is not set, or cannot be written.
+        """
+        tensors: dict[str, Array] = {}
+        ledger: list[LedgerLine] = []
+
+        def put(name: str, array: Array, action: Action, detail: str) -> None:
+            if name in tensors:
+                raise RmmError(f"two tensors of task {task.name!r} would be called {name!r}")
+            tensors[name] = np.asarray(array, order="C")
+            ledger.append(LedgerLine(f"tensor {name}", action, detail))
+
+        for target in task.targets:
+            factors = task.factors(target)
+            put(f"{target}.lora_A", factors.A, Action.USED, f"factor A of {target}")
+            put(f"{target}.lora_B", factors.B, Action.USED, f"factor B of {target}")
+        kept = {} if options.drop_private else task.privates
+        for name, info in task.privates.items():
+            if name in kept:
+                put(name, task.private_tensor(name), Action.STORED, info.role.name.lower())
+            else:
+                line = LedgerLine(f"tensor {name}", Action.IGNORED, "notice: dropped on request")
+                ledger.append(line)
+        about = {
+            "version": 1,
+            "task": task.name,
+            "base_model": task.base_model,
+            "config": task.config_text,
+            "targets": {
+                target: {
+                    "scale": info.scale,
+                    "kind": info.shape.kind.name.lower(),
+                    "transposed": info.shape.transposed,
+                    "kernel": list(info.shape.kernel),
+                }
+                for target, info in task.targets.items()
+            },
+            "privates": {name: info.role.name.lower() for name, info in kept.items()},
+        }
+        text = json.dumps(about, ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+        from safetensors.numpy import save_file
+
+        with atomic_file(out, force=force) as temporary:
+            save_file(tensors, temporary, metadata={METADATA_KEY: text})
+        return tuple(ledger)

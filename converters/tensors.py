@@ -1,0 +1,211 @@
+"""Tensors of safetensors files, one at a time, without torch.
+
+The safetensors library validates the header and maps the file; its numpy front end reads bfloat16
+once ml_dtypes has registered that dtype with numpy, which the import below does.  It knows no 8-bit
+floats, so those few (base weights that an adapter may carry along) are taken from the library's raw
+bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from rmmformat.converters.files import read_json_object
+from rmmformat.errors import SourceError, UnsupportedError
+from rmmformat.model import Array
+
+__all__ = ["SafetensorsStore", "TensorMeta", "TensorStore", "check_index", "open_sharded"]
+
+_TENSOR_LIMIT = 1 << 18  # tensors in one file; the largest adapters have some ten thousand
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+}
+_RAW_ONLY = frozenset({"F8_E4M3", "F8_E5M2"})
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMeta:
+    """Dtype and shape of a tensor, and the file that it is in."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    path: Path
+
+
+class TensorStore(Protocol):
+    """Named tensors, read one at a time."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files behind it."""
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Every tensor's dtype and shape, in the order of the names."""
+
+    def read(self, name: str) -> Array:
+        """Read one tensor; the caller owns the array."""
+
+
+class SafetensorsStore:
+    """Tensors of one safetensors file or of several that share no name.
+
+    Headers are read on construction.  Mappings are opened once and kept, so that a file replaced
+    in the meantime is not mixed with the one that was described; they are dropped when pickled.
+
+    Raises
+    ------
+    SourceError
+        A file is not readable or not a valid safetensors file.
+    UnsupportedError
+        A tensor has a dtype that the container does not know.
+    """
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        self._paths = paths
+        self._handles: dict[Path, Any] = {}
+        metas: dict[str, TensorMeta] = {}
+        for path in paths:
+            handle = self._handle(path)
+            names = handle.keys()
+            if len(names) > _TENSOR_LIMIT:
+                raise SourceError(
+                    f"{len(names)} tensors, expected at most {_TENSOR_LIMIT}", path=str(path)
+                )
+            for name in names:
+                if name in metas:
+                    raise SourceError(
+                        f"tensor {name!r} is also in {metas[name].path.name}", path=str(path)
+                    )
+                view = handle.get_slice(name)
+                code = view.get_dtype()
+                if code not in _DTYPES:
+                    raise UnsupportedError(
+                        f"tensor {name!r} has dtype {code}, which cannot be stored", path=str(path)
+                    )
+                metas[name] = TensorMeta(_DTYPES[code], tuple(view.get_shape()), path)
+        self._metas = dict(sorted(metas.items()))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files behind it."""
+        return self._paths
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Every tensor's dtype and shape, in the order of the names."""
+        return self._metas
+
+    def read(self, name: str) -> Array:
+        """Read one tensor in its stored dtype and shape; the caller owns the array.
+
+        Raises
+        ------
+        SourceError
+            The file can no longer be read.
+        """
+        import safetensors
+
+        meta = self._metas[name]
+        try:
+            if meta.dtype not in (_DTYPES[code] for code in _RAW_ONLY):
+                array: Array = self._handle(meta.path).get_tensor(name)
+                return array
+            library: Any = safetensors
+            entries = library.deserialize(meta.path.read_bytes())
+            data = next(entry["data"] for key, entry in entries if key == name)
+            raw: Array = np.frombuffer(data, dtype=meta.dtype).reshape(meta.shape).copy()
+            return raw
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise SourceError(f"tensor {name!r}: {error}", path=str(meta.path)) from error
+
+    def _handle(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if path not in self._handles:
+            opener: Any = safe_open
+            try:
+                if not path.is_file():  # the library would wait for ever on a pipe
+                    raise SourceError("not a file", path=str(path))
+                self._handles[path] = opener(str(path), framework="numpy")
+            except SafetensorError as error:
+                raise SourceError(f"not a safetensors file: {error}", path=str(path)) from error
+            except OSError as error:
+                raise SourceError(f"cannot read the file: {error}", path=str(path)) from error
+        return self._handles[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}
+
+
+def open_sharded(index_path: Path) -> tuple[Path, ...]:
+    """List the shard files that an index names.
+
+    Raises
+    ------
+    SourceError
+        The index is not of the known form, or names a file that is elsewhere or missing.
+    """
+    _, index = read_json_object(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError("no weight_map in the index", path=str(index_path))
+    shards: set[Path] = set()
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise SourceError(
+                f"tensor {tensor!r} is said to be in {shard!r}, which is not a plain file name",
+                path=str(index_path),
+            )
+        shards.add(index_path.with_name(shard))
+    for path in sorted(shards):
+        if not path.is_file():
+            raise SourceError(
+                f"shard {path.name!r} is missing",
+                path=str(index_path),
+                hint="Fetch the whole adapter again.",
+            )
+    return tuple(sorted(shards))
+
+
+def check_index(index_path: Path, metas: Mapping[str, TensorMeta]) -> None:
+    """Compare an index with the tensors that its shards hold.
+
+    Raises
+    ------
+    SourceError
+        They disagree; the message names the first tensor.
+    """
+    _, index = read_json_object(index_path)
+    weight_map: dict[str, str] = index["weight_map"]
+    for name in sorted(weight_map.keys() | metas.keys()):
+        said = weight_map.get(name, "no file")
+        found = metas[name].path.name if name in metas else "no file"
+        if said != found:
+            raise SourceError(
+                f"tensor {name!r}: the index says {said}, found in {found}",
+                path=str(index_path),
+                hint="Fetch the whole adapter again.",
+            )
