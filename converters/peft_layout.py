@@ -145,7 +145,9 @@ class _Sorter:
             for name in self.rest.values()
             if ".modules_to_save." in name
         }
-        for key, name in self.rest.items():
+        # Plain names first: with bias "all", PEFT saves biases of whole modules under both names,
+        # and prefers the plain one when it loads them.
+        for key, name in sorted(self.rest.items(), key=lambda item: ".modules_to_save." in item[1]):
             self._private(key, name, saved)
         self.layout.ledger.extend(scaling.unused())
         self.layout.targets = dict(sorted(self.layout.targets.items()))
@@ -199,12 +201,12 @@ class _Sorter:
 
     def _name_of(self, module: str) -> str:
         """Drop ``base_layer`` behind a module that is itself adapted."""
-        kept: list[str] = []
-        for part in module.split("."):
-            if part == "base_layer" and ".".join(kept) in self.parts:
-                continue
-            kept.append(part)
-        return ".".join(kept)
+        parts = module.split(".")
+        return ".".join(
+            part
+            for n, part in enumerate(parts)
+            if part != "base_layer" or ".".join(parts[:n]) not in self.parts
+        )
 
     # --- factors ------------------------------------------------------------------------------
 
@@ -329,7 +331,11 @@ class _Sorter:
         if mark:
             first, _, others = after.partition(".")
             after = others if others and first in (adapter, "default") else after
-            self._keep(key, f"{before}.{after}", Role.MODULE)
+            plain = self.layout.private_keys.get(f"{before}.{after}")
+            if plain is not None and ".modules_to_save." not in plain:
+                self._say(key, Action.IGNORED, f"PEFT takes tensor {plain} instead")
+            else:
+                self._keep(key, f"{before}.{after}", Role.MODULE)
             return
         before, mark, _ = name.rpartition(".original_module.")
         if mark and before in saved:

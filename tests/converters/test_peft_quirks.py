@@ -331,7 +331,7 @@ def test_grouped_convolution_is_refused(kit):
 
 
 def test_fan_in_fan_out_marks_linear_targets(kit):
-    tensors = {**kit.pair("q"), **{k: v for k, v in kit.pair("k", n_in=4, n_out=4).items()}}
+    tensors = {**kit.pair("q"), **kit.pair("k", n_in=4, n_out=4)}
     task = kit.open(kit.adapter(tensors, fan_in_fan_out=True))
     assert all(info.shape.transposed for info in task.targets.values())
 
@@ -437,14 +437,26 @@ def test_original_module_copies_are_left_out_and_said(kit):
     assert line.action is Action.IGNORED
 
 
+def test_parameter_of_a_saved_module_under_two_names_is_the_one_peft_takes(kit):
+    tensors = {
+        **kit.pair("q"),
+        f"{kit.prefix}score.bias": np.ones(2, np.float32),
+        f"{kit.prefix}score.modules_to_save.default.bias": np.zeros(2, np.float32),
+    }
+    task = kit.open(kit.adapter(tensors, modules_to_save=["score"], bias="all"))
+    assert task.private_tensor("score.bias").tolist() == [1, 1]
+    line = next(line for line in task.ledger if "score.modules_to_save" in line.item)
+    assert line.action is Action.IGNORED
+
+
 def test_one_parameter_under_two_names_is_refused(kit):
     tensors = {
         **kit.pair("q"),
-        f"{kit.prefix}score.weight": np.ones((2, 2), np.float32),
-        f"{kit.prefix}score.modules_to_save.default.weight": np.zeros((2, 2), np.float32),
+        f"{kit.prefix}q.bias": np.ones(5, np.float32),
+        f"{kit.prefix}q.base_layer.bias": np.zeros(5, np.float32),
     }
-    with pytest.raises(SourceError, match=r"are both 'score\.weight'"):
-        kit.open(kit.adapter(tensors, modules_to_save=["score"]))
+    with pytest.raises(SourceError, match=r"are both 'q\.bias'"):
+        kit.open(kit.adapter(tensors))
 
 
 def test_norms_and_embeddings_outside_modules_to_save_are_private(kit):
