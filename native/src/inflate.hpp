@@ -1,0 +1,13 @@
+// zlib streams (RFC 1950, RFC 1951): the coding of optional sections (RMM-026).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace rmm {
+
+// Decodes a stream that must take exactly n_in bytes and give exactly n_out. Null, or what is wrong.
+// With `out` null the data is checked and dropped: memory is a fixed 64 KiB.
+const char* inflate(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>* out);
+
+}  // namespace rmm

@@ -1,0 +1,218 @@
+#include "restore.hpp"
+
+#include <algorithm>
+
+#include "kernels.hpp"
+
+namespace rmm {
+
+const PlacedRun& Rows::find(uint64_t i) {
+    auto behind = std::upper_bound(runs_.begin(), runs_.end(), i,
+                                   [](uint64_t row, const PlacedRun& run) { return row < run.first_row; });
+    last_ = static_cast<size_t>(behind - runs_.begin()) - 1;
+    return runs_[last_];
+}
+
+void Restorer::take(ArrayWalk& walk, const Array& array, Rows* rows) {
+    if (rows) rows->clear();
+    walk.array(
+        array,
+        [&](PlacedRun run) {
+            if (!rows) return;
+            if (!run.encoding->fixed_size) {
+                // Rows of such a run cannot be entered in the middle: decode all of it, to f32. What
+                // this takes is bounded by RMM-062 for residuals; a reader of larger arrays would
+                // bound it here.
+                uint64_t n_values;
+                if (!multiply(run.n_rows, array.row_length, n_values) || n_values > SIZE_MAX / sizeof(float)) {
+                    fail(RMM_NO_MEMORY, "a run of encoding %s has too many values", run.encoding->name);
+                }
+                decoded_.emplace_back(new float[n_values]);
+                float* values = decoded_.back().get();
+                const char* wrong =
+                    run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, array.row_length, values);
+                if (wrong) refuse(87, static_cast<uint64_t>(run.data - index_.data), "%s", wrong);
+                run.data = reinterpret_cast<const uint8_t*>(values);
+                run.encoding = find_encoding(ENCODING_F32);
+                run.row_bytes = 4 * array.row_length;
+            }
+            rows->push(run);
+        },
+        [](uint64_t, uint64_t) {});
+}
+
+void Restorer::open(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset) {
+    plan_ = plan.factor[f];
+    factor_ = f;
+    decoded_.clear();
+    Array arrays[4];
+    entry_arrays(plan, arrays);
+    ArrayWalk walk(index_, offset, entry.length, 61, "the entry");
+    for (int i = 0; i < 4; ++i) {
+        Rows* rows = i / 2 != f ? nullptr : i % 2 == 0 ? &coefficients_ : &residual_;
+        take(walk, arrays[i], rows);
+    }
+    walk.finish();
+
+    mean_.clear();
+    basis_.clear();
+    if (plan.frame == NONE) return;
+    Frame frame = index_.frame(plan.frame);
+    frame_arrays(frame, index_.target(frame.target), arrays);
+    ArrayWalk frame_walk(index_, frame.offset, frame.length, 52, "the frame");
+    for (int i = 0; i < 4; ++i) {
+        Rows* rows = i / 2 != f ? nullptr : i % 2 == 0 ? &mean_ : &basis_;
+        take(frame_walk, arrays[i], rows);
+    }
+    frame_walk.finish();
+}
+
+// Values first … first + n − 1 of a row as f32: in place if they are stored so, else in `buffer`.
+const f32u* Restorer::decode(const Row& row, uint64_t first, uint64_t n, f32u* buffer) {
+    if (row.encoding->code == ENCODING_F32) return reinterpret_cast<const f32u*>(row.data + 4 * first);
+    row.encoding->decode(row.data, first, n, buffer);
+    return buffer;
+}
+
+// The coefficients of components j … j + n_terms − 1 for the positions of a tile: one number each
+// (scalar_; with row mixing one for each row of the panel), or one for each position.
+void Restorer::prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first, uint64_t n, uint32_t j,
+                                    uint32_t n_terms) {
+    for (uint32_t t = 0; t < n_terms; ++t) {
+        Row row = coefficients_.row(j + t);
+        float* buffer = coefficients_at_[t];
+        if (plan_.row_mixing) {  // one group: index k of the row
+            uint64_t start = k / BLOCK * BLOCK;
+            coefficient_[t] = decode(row, start, k + n_rows - start, buffer) + (k - start);
+            continue;
+        }
+        uint64_t group = plan_.group, low = first / group, high = (first + n - 1) / group;
+        uint64_t start = low / BLOCK * BLOCK;
+        const f32u* values = decode(row, start, high + 1 - start, buffer) + (low - start);
+        if (group == 1 || low == high) {
+            coefficient_[t] = values;
+            continue;
+        }
+        float spread[TILE];  // the values may be in `buffer` themselves
+        for (uint64_t i = 0, at = 0, left = group - first % group; i < n; ++i) {
+            spread[i] = values[at];
+            if (--left == 0) {
+                left = group;
+                ++at;
+            }
+        }
+        std::memcpy(buffer, spread, n * sizeof *buffer);
+        coefficient_[t] = buffer;
+    }
+    scalar_ = plan_.row_mixing || first / plan_.group == (first + n - 1) / plan_.group;
+}
+
+void Restorer::tile(int dtype, uint8_t* out, uint64_t first, uint64_t n) {
+    const uint32_t rank = plan_.rank, p = plan_.n_components, R = plan_.frame_rank;
+    const uint64_t L = plan_.n_positions;
+    const bool lone_residual = !mean_.present() && p == 0 && residual_.present();
+    const uint8_t own_encoding = static_cast<uint8_t>(dtype);  // codes of dtypes and encodings agree
+    const uint64_t size = dtype == RMM_F32 ? 4 : 2;
+
+    for (uint32_t k0 = 0; k0 < rank; k0 += PANEL_ROWS) {
+        const uint32_t n_rows = std::min(PANEL_ROWS, rank - k0);
+        // Where the sum of a row is built: in the output if that has its form, else in the panel.
+        const f32u* sums[PANEL_ROWS];
+        f32u* targets[PANEL_ROWS];
+        const u16u* raw[PANEL_ROWS] = {nullptr};  // rows whose bits are copied
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            targets[i] = factor_ == 0 && dtype == RMM_F32
+                             ? reinterpret_cast<f32u*>(out + 4 * ((k0 + i) * L + first))
+                             : panel_[i];
+            sums[i] = nullptr;
+        }
+
+        if (lone_residual) {
+            for (uint32_t i = 0; i < n_rows; ++i) {
+                Row row = residual_.row(k0 + i);
+                if (row.encoding->code == own_encoding && size == 2) {
+                    raw[i] = reinterpret_cast<const u16u*>(row.data + 2 * first);
+                } else if (row.encoding->code == ENCODING_F32) {
+                    sums[i] = reinterpret_cast<const f32u*>(row.data + 4 * first);
+                } else {
+                    row.encoding->decode(row.data, first, n, targets[i]);
+                    sums[i] = targets[i];
+                }
+            }
+        } else {
+            if (mean_.present()) {
+                for (uint32_t i = 0; i < n_rows; ++i) {
+                    sums[i] = decode(mean_.row(k0 + i), first, n, targets[i]);
+                }
+            }
+            for (uint32_t j = 0; j < p; j += TERMS) {
+                const uint32_t n_terms = std::min(TERMS, p - j);
+                prepare_coefficients(k0, n_rows, first, n, j, n_terms);
+                const f32u* basis[TERMS];
+                for (uint32_t i = 0; i < n_rows; ++i) {
+                    if (i == 0 || !plan_.row_mixing) {
+                        for (uint32_t t = 0; t < n_terms; ++t) {
+                            uint64_t row = plan_.row_mixing ? j + t : static_cast<uint64_t>(j + t) * R + k0 + i;
+                            basis[t] = decode(basis_.row(row), first, n, terms_[t]);
+                        }
+                    }
+                    if (scalar_) {
+                        float c[TERMS];
+                        for (uint32_t t = 0; t < n_terms; ++t) c[t] = coefficient_[t][plan_.row_mixing ? i : 0];
+                        add_multiples(targets[i], sums[i], c, basis, n_terms, n);
+                    } else {
+                        add_products(targets[i], sums[i], coefficient_, basis, n_terms, n);
+                    }
+                    sums[i] = targets[i];
+                }
+            }
+            if (residual_.present()) {
+                for (uint32_t i = 0; i < n_rows; ++i) {
+                    const f32u* term = decode(residual_.row(k0 + i), first, n, terms_[0]);
+                    add_rows(targets[i], sums[i], term, n);
+                    sums[i] = targets[i];
+                }
+            }
+            if (!mean_.present() && p == 0 && !residual_.present()) {
+                for (uint32_t i = 0; i < n_rows; ++i) {
+                    std::memset(targets[i], 0, n * sizeof(float));  // no term: +0
+                    sums[i] = targets[i];
+                }
+            }
+        }
+
+        if (dtype == RMM_F32) {
+            if (factor_ == 0) {
+                for (uint32_t i = 0; i < n_rows; ++i) {
+                    if (sums[i] != targets[i]) std::memcpy(targets[i], sums[i], n * sizeof(float));
+                }
+            } else {
+                transpose32(reinterpret_cast<u32u*>(out + 4 * (first * rank + k0)), rank,
+                            reinterpret_cast<const u32u* const*>(sums), n_rows, n);
+            }
+            continue;
+        }
+        const u16u* halves[PANEL_ROWS];
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            u16u* to = factor_ == 0 ? reinterpret_cast<u16u*>(out + 2 * ((k0 + i) * L + first)) : halves_[i];
+            if (raw[i]) {
+                if (factor_ == 0) std::memcpy(to, raw[i], n * sizeof *to);
+                halves[i] = raw[i];
+                continue;
+            }
+            if (dtype == RMM_F16) {
+                round_to_f16(to, sums[i], n);
+            } else {
+                round_to_bf16(to, sums[i], n);
+            }
+            halves[i] = to;
+        }
+        if (factor_ == 1) transpose16(reinterpret_cast<u16u*>(out + 2 * (first * rank + k0)), rank, halves, n_rows, n);
+    }
+}
+
+void Restorer::write(int dtype, uint8_t* out, uint64_t first, uint64_t last) {
+    for (; first < last; first += TILE) tile(dtype, out, first, std::min(TILE, last - first));
+}
+
+}  // namespace rmm

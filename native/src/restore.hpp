@@ -1,0 +1,80 @@
+// The reconstruction formula (8.1).
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "arrays.hpp"
+
+namespace rmm {
+
+// One row of an array.
+struct Row {
+    const uint8_t* data = nullptr;
+    const Encoding* encoding = nullptr;
+};
+
+// An array's rows, found by number.
+class Rows {
+  public:
+    void clear() {
+        runs_.clear();
+        last_ = 0;
+    }
+    void push(const PlacedRun& run) { runs_.push_back(run); }
+    bool present() const { return !runs_.empty(); }
+
+    Row row(uint64_t i) {
+        const PlacedRun* run = &runs_[last_];
+        if (i < run->first_row || i - run->first_row >= run->n_rows) run = &find(i);
+        return {run->data + (i - run->first_row) * run->row_bytes, run->encoding};
+    }
+
+  private:
+    const PlacedRun& find(uint64_t i);
+
+    std::vector<PlacedRun> runs_;
+    size_t last_ = 0;
+};
+
+constexpr uint64_t TILE = 512;        // positions that are worked on at once; a multiple of BLOCK
+constexpr uint32_t PANEL_ROWS = 16;   // rows that are transposed at once
+constexpr uint32_t TERMS = 4;         // products that are added at once
+
+// Reconstructs factors, one thread's worth: buffers are kept from one to the next.
+class Restorer {
+  public:
+    explicit Restorer(const Index& index) : index_(index) {}
+
+    // Takes up factor `f` (0: A, 1: B) of an entry at `offset` in the file. Throws Failure.
+    void open(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset);
+
+    // Writes positions first … last − 1 of the factor, which starts at `out`; `first` is a multiple
+    // of TILE. A is (rank, n_in), B (n_out, rank), row-major.
+    void write(int dtype, uint8_t* out, uint64_t first, uint64_t last);
+
+    // False if the factor has encodings that are decoded as a whole, so that its positions are best
+    // written by one thread.
+    bool divisible() const { return decoded_.empty(); }
+
+  private:
+    void take(ArrayWalk& walk, const Array& array, Rows* rows);
+    void tile(int dtype, uint8_t* out, uint64_t first, uint64_t n);
+    void prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first, uint64_t n, uint32_t j, uint32_t n_terms);
+    const f32u* decode(const Row& row, uint64_t first, uint64_t n, f32u* buffer);
+
+    const Index& index_;
+    FactorPlan plan_;
+    int factor_ = 0;
+    Rows mean_, basis_, coefficients_, residual_;
+    std::vector<std::unique_ptr<float[]>> decoded_;  // rows of encodings that are not fixed-size
+
+    alignas(64) float panel_[PANEL_ROWS][TILE];
+    alignas(64) float terms_[TERMS][TILE];
+    alignas(64) float coefficients_at_[TERMS][TILE + BLOCK];
+    alignas(64) uint16_t halves_[PANEL_ROWS][TILE];
+    const f32u* coefficient_[TERMS];
+    bool scalar_ = false;
+};
+
+}  // namespace rmm
