@@ -15,6 +15,7 @@ __all__ = [
     "MetadataError",
     "NonFiniteError",
     "NotFoundError",
+    "OptionError",
     "RmmError",
     "ShapeError",
     "SourceError",
@@ -102,6 +103,12 @@ class NotFoundError(RmmError, KeyError):
     """No task, target or tensor of that name; the message names the nearest ones."""
 
     __str__ = RmmError.__str__  # KeyError would print the repr of the message
+
+
+class OptionError(RmmError, ValueError):
+    """Options that contradict one another or are out of range."""
+
+    exit_code = 2
 
 
 class ShapeError(RmmError, ValueError):

@@ -38,7 +38,9 @@ def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
     """Rewrite a delta as ``B' A'`` with ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``.
 
     Component k then carries exactly s_k^2 of the energy of ``B A``, in falling order, split
-    evenly between the two factors.  The entry of largest magnitude in each row of A' is positive.
+    evenly between the two factors.  Signs: in each column b of B' the signed sum of squares,
+    sum b |b|, is positive, so that no single value decides (Bro, Acar & Kolda 2008, who project the
+    data on the direction; here that is s times the column of the other factor).
 
     Parameters
     ----------
@@ -73,8 +75,7 @@ def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
     new_a = root[:, None] * (vt @ q_a.T)
     new_b = (q_b @ u) * root
     if new_a.size:
-        at = np.abs(new_a).argmax(axis=1)[:, None]
-        sign = np.where(np.take_along_axis(new_a, at, axis=1)[:, 0] < 0.0, -1.0, 1.0)
+        sign = np.where((new_b * np.abs(new_b)).sum(axis=0) < 0.0, -1.0, 1.0)
         new_a, new_b = new_a * sign[:, None], new_b * sign
     # Fewer singular values than r where r exceeds a side of the target.
     missing = A.shape[0] - s.shape[0]

@@ -1,0 +1,47 @@
+# make demo and make test need Python >= 3.10 and a C++ compiler, nothing else: each builds its own
+# virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO_VENV ?= .venv-demo
+DEMO_DIR ?= build/demo
+NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
+
+.PHONY: demo test check lint vectors clean
+
+# -- the main job, on real adapters ---------------------------------------------------------------
+
+demo: $(DEMO_VENV)/.done
+	$(DEMO_VENV)/bin/python benchmarks/demo.py tests/data/demo-adapters $(DEMO_DIR)
+
+$(DEMO_VENV)/.done: $(NATIVE)
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+# -- tests ----------------------------------------------------------------------------------------
+
+test: $(VENV)/.done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+$(VENV)/.done: requirements-test.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+vectors: $(VENV)/.done
+	$(BIN)/python spec/vectors/make_vectors.py
+
+clean:
+	rm -rf build dist *.egg-info rmmformat/*.so

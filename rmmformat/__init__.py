@@ -1,0 +1,137 @@
+"""A whole collection of low-rank adapters in one checked ``.rmm`` file, and any task back at once.
+
+>>> import rmmformat as rmm
+>>> rmm.convert(["adapters/sst2", "adapters/mnli"], "glue.rmm", components=3)  # doctest: +SKIP
+>>> with rmm.open("glue.rmm") as collection:  # doctest: +SKIP
+...     task = collection.load("sst2")
+...     A = task["bert.encoder.layer.0.attention.self.query"].A
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rmmformat._version import __version__
+from rmmformat.collection import Collection, LoadedTask
+from rmmformat.collection import open_collection as open  # noqa: A004  # rmm.open is the product
+from rmmformat.errors import RmmError
+from rmmformat.format.validate import Report
+from rmmformat.model import Factors, SourceTask
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from rmmformat.coding import Align
+    from rmmformat.pipeline import ConvertReport, Progress
+    from rmmformat.merge.rmm import Grouping
+
+__all__ = [
+    "Collection",
+    "Factors",
+    "LoadedTask",
+    "Report",
+    "RmmError",
+    "SourceTask",
+    "__version__",
+    "convert",
+    "open",
+    "validate",
+]
+
+_Path = str | os.PathLike[str]
+
+
+def convert(
+    sources: _Path | Iterable[_Path] | Mapping[str, _Path],
+    path: _Path,
+    *,
+    components: int | None = None,
+    exact: bool = False,
+    grouping: Grouping | None = None,
+    align: Align | None = None,
+    encoding: str | None = None,
+    kind: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = True,
+    allow_nonfinite: bool = False,
+    allow_base_mismatch: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Turn adapters into one file.
+
+    Parameters
+    ----------
+    sources
+        Adapter folders, a folder of them, ``NAME=PATH`` strings, or a mapping of names to paths.
+    path
+        The file to write; it appears whole or not at all.
+    components
+        RMM as published, with this many directions a position.
+    exact
+        Every factor bit for bit: what happens if nothing else is asked for.
+    grouping
+        ``"position"`` (default), ``"factor"``, ``"row"``, or a number of positions.
+    align
+        ``"none"`` (default), ``"svd"`` or ``"procrustes"``.
+    encoding
+        ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8"``, ``"q4"``, or any of the specification's names.
+    kind
+        Format of the sources; detected by default.
+    overwrite
+        Replace an existing file.
+    allow_pickle, allow_nonfinite, allow_base_mismatch
+        What is otherwise refused (pickles are read by torch's restricted unpickler, by default).
+    executor
+        Any :class:`concurrent.futures.Executor` to code targets on; the file is the same.
+    progress
+        Called with what is being done, how much is done, and how much there is.
+
+    Returns
+    -------
+    ConvertReport
+        Sizes, and the measured error of every task.
+
+    Raises
+    ------
+    SourceError, UnsupportedError, LossyConversionError, OptionError, RmmError
+        Each says what, where and what to do; nothing half-written is left.
+    """
+    from rmmformat.pipeline import convert as run
+    from rmmformat.converters.base import Options
+    from rmmformat.methods import choose_method
+
+    method = choose_method(
+        components=components, exact=exact, grouping=grouping, align=align, encoding=encoding
+    )
+    return run(
+        sources,
+        path,
+        method,
+        kind=kind,
+        options=Options(allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite),
+        overwrite=overwrite,
+        allow_base_mismatch=allow_base_mismatch,
+        executor=executor,
+        progress=progress,
+    )
+
+
+def validate(path: _Path) -> Report:
+    """Check every rule of the specification over every byte of a file.
+
+    Returns
+    -------
+    Report
+        ``ok``, and ``violations`` with rule, offset and message.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    from rmmformat.inspect import validate_path
+
+    return validate_path(path)

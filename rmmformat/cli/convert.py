@@ -1,0 +1,117 @@
+"""``rmm convert``: adapters to one file."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+
+import click
+
+from rmmformat.cli._exit import Verb
+from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
+from rmmformat.pipeline import ConvertReport, convert
+from rmmformat.converters.base import Options
+from rmmformat.methods import choose_method
+
+__all__ = ["command"]
+
+
+def _grouping(_ctx: object, _param: object, value: str | None) -> str | int | None:
+    if value is None or value in ("position", "factor", "row"):
+        return value
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter("position, factor, row, or a number of positions")
+
+
+@click.command(cls=Verb, short_help="Turn adapters into one file.")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("-o", "--output", required=True, type=click.Path(), help="File to write.")
+@click.option("--components", type=click.IntRange(0), metavar="P",
+              help="RMM as published: P shared directions and P coefficients a position.")
+@click.option("--exact", is_flag=True, help="Every factor bit for bit (default).")
+@click.option("--encoding", metavar="NAME",
+              help="f32, f16, bf16, q8, q4, ... of all rows (default: as the originals); "
+              "without --components: each task on its own.")
+@click.option("--grouping", callback=_grouping, metavar="position|factor|row|M",
+              help="With --components: what shares a coefficient.  [default: position]")
+@click.option("--align", type=click.Choice(["none", "svd", "procrustes"]),
+              help="Re-express factors before merging.  [default: none]")
+@click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True,
+              help="Processes that code targets.")
+@click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity.")
+@click.option("--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases.")
+@click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--ledger", is_flag=True, help="List what became of every tensor, field and file.")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(
+    sources: tuple[str, ...], output: str, components: int | None, exact: bool,
+    encoding: str | None, grouping: str | int | None, align: str | None, kind: str | None,
+    workers: int, allow_nonfinite: bool, allow_base_mismatch: bool, no_pickle: bool, force: bool,
+    ledger: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Turn adapters into one .rmm file.
+
+    A SOURCE is an adapter folder, a folder of adapter folders, or NAME=SOURCE to choose the task's
+    name.  The last lines give the size against the originals and the measured error of every task.
+
+    \b
+    Example:
+      rmm convert adapters/ -o skills.rmm --components 3
+    """
+    method = choose_method(
+        components=components,
+        exact=exact,
+        grouping=grouping,  # type: ignore[arg-type]  # the callback has narrowed it
+        align=align,  # type: ignore[arg-type]
+        encoding=encoding,
+    )
+    options = Options(allow_pickle=not no_pickle, allow_nonfinite=allow_nonfinite)
+    executor = ProcessPoolExecutor(workers) if workers > 1 else None
+    try:
+        with progress_bar(quiet=as_json) as progress:
+            report = convert(
+                sources,
+                output,
+                method,
+                kind=kind,
+                options=options,
+                overwrite=force,
+                allow_base_mismatch=allow_base_mismatch,
+                executor=executor,
+                progress=progress,
+            )
+    finally:
+        if executor is not None:
+            executor.shutdown(cancel_futures=True)
+    _show(report, ledger, as_json)
+
+
+def _show(report: ConvertReport, ledger: bool, as_json: bool) -> None:
+    if as_json:
+        print_json({**vars(report), "fraction": report.fraction})
+        return
+    for task in report.tasks:
+        for line in task.ledger:
+            if line.detail.startswith("notice:"):
+                note(f"{task.name}: {line.item}: {line.detail}")
+    if ledger:
+        lines = [
+            (task.name, line.item, line.action.value, line.detail)
+            for task in report.tasks
+            for line in task.ledger
+        ]
+        print_table("Ledger", ("task", "item", "became", "detail"), lines)
+    rows = [
+        (t.name, str(t.n_targets), size(t.original_bytes), percent(t.mean_error),
+         percent(t.median_error), percent(t.max_error), t.worst_target)
+        for t in report.tasks
+    ]  # fmt: skip
+    columns = ("task", ">targets", ">original", ">mean error", ">median", ">max", "worst target")
+    print_table(report.path, columns, rows)
+    click.echo(
+        f"factors {size(report.factor_bytes)} of {size(report.original_bytes)} "
+        f"({percent(report.fraction)}), private tensors {size(report.private_bytes)}, "
+        f"file {size(report.file_bytes)}"
+    )

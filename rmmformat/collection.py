@@ -1,0 +1,430 @@
+"""An open ``.rmm`` file: its tasks, and any of them as factors in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rmmformat._native import File
+from rmmformat._native import Entry as NativeEntry
+from rmmformat.arena import ArenaPool
+from rmmformat.errors import NotFoundError, ShapeError
+from rmmformat.format import layout
+from rmmformat.format.reader import Index, nearest, read_index
+from rmmformat.format.validate import Report, parse_metadata, validate_bytes
+from rmmformat.model import (
+    Array,
+    Factors,
+    LedgerLine,
+    PrivateInfo,
+    Role,
+    SourceFile,
+    TargetInfo,
+    TargetKind,
+    TargetShape,
+)
+
+__all__ = ["Collection", "LoadedTask", "StoredTask", "open_collection"]
+
+
+class LoadedTask(Mapping[str, Factors]):
+    """One task in memory: target name to its factors, as views on one arena.
+
+    Attributes
+    ----------
+    name
+        Name of the task.
+    arena
+        (n_bytes,) uint8, 64-byte aligned: all factors, each at a multiple of 64.
+    """
+
+    def __init__(self, name: str, arena: npt.NDArray[np.uint8], factors: dict[str, Factors]):
+        self.name = name
+        self.arena = arena
+        self._factors = factors
+
+    def __getitem__(self, target: str) -> Factors:
+        try:
+            return self._factors[target]
+        except KeyError:
+            raise NotFoundError(
+                f"task {self.name!r} has no target {target!r}",
+                hint=nearest(target, tuple(self._factors)),
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def __repr__(self) -> str:
+        return f"<LoadedTask {self.name!r}: {len(self)} targets, {self.arena.nbytes} bytes>"
+
+
+class Collection:
+    """An open file.  Use :func:`rmmformat.open`.
+
+    Reading is thread-safe, and several processes that open one file share its pages.  Views that
+    were handed out stay valid after :meth:`close`.
+
+    Attributes
+    ----------
+    path
+        The file, or the empty string for bytes in memory.
+    """
+
+    def __init__(self, native: File, path: str) -> None:
+        self._native = native
+        self._pool = ArenaPool()
+        self.path = path
+
+    def __enter__(self) -> Collection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._native.closed else f"{len(self.tasks)} tasks"
+        return f"<Collection {self.path!r}: {state}>"
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._native.close()
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the file (ascending)."""
+        return tuple(self._native.task_names())
+
+    @cached_property
+    def index(self) -> Index:
+        """The tables of the file, as the Python reader has them."""
+        return read_index(self._native.buffer, self.path or None)
+
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes of the file, read-only."""
+        return self._native.buffer
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata object (specification, section 9); empty where the file has none.
+
+        Raises
+        ------
+        FormatError
+            It is not valid JSON.
+        """
+        raw = self.index.section_bytes("meta")
+        return {} if raw is None else parse_metadata(raw)
+
+    @property
+    def recovered(self) -> bool:
+        """True if one of the two header slots is damaged, so that the other one was used."""
+        return self._native.damaged_slot
+
+    def targets(self, task: str) -> Mapping[str, TargetInfo]:
+        """What a task adds, by target name, without its values."""
+        entries, _ = self._native.entries(self._task(task), 1)
+        return {entry.target: _info(entry) for entry in entries}
+
+    def load(
+        self,
+        task: str,
+        *,
+        dtype: str | np.dtype[Any] | type[np.generic] = "f32",
+        out: npt.NDArray[np.uint8] | None = None,
+        threads: int = 0,
+    ) -> LoadedTask:
+        """Reconstruct every factor of a task natively.
+
+        Parameters
+        ----------
+        task
+            Name of the task.
+        dtype
+            ``"f32"``, ``"f16"`` or ``"bf16"`` (or the numpy dtype): what the factors come as.
+        out
+            Memory to reconstruct into: writable, contiguous uint8 of at least :meth:`arena_bytes`
+            bytes, aligned to 64.  By default memory of the collection's own, which is used again
+            once no view of it is left.
+        threads
+            How many to use; 0 chooses by the size of the task.
+
+        Returns
+        -------
+        LoadedTask
+            For each target A (rank, n_in), B (n_out, rank) and the scale, which is not folded in.
+
+        Raises
+        ------
+        NotFoundError
+            No such task.
+        FormatError, UnsupportedError
+            An array cannot be decoded.
+        ShapeError
+            `out` is too small, not aligned or not writable.
+
+        Source: specification, section 8.
+        """
+        code = _factor_code(dtype)
+        number = self._task(task)
+        entries, n_bytes = self._native.entries(number, code)
+        arena = self._pool.lend(n_bytes) if out is None else _checked(out, n_bytes)
+        self._native.load_task(number, code, arena, threads)
+        kind = layout.DTYPES[code]
+        factors = {
+            entry.target: Factors(
+                _view(arena, entry.offset_a, (entry.rank, entry.n_in), kind),
+                _view(arena, entry.offset_b, (entry.n_out, entry.rank), kind),
+                entry.scale,
+            )
+            for entry in entries
+        }
+        return LoadedTask(task, arena, factors)
+
+    def arena_bytes(self, task: str, *, dtype: str | np.dtype[Any] = "f32") -> int:
+        """Bytes of memory that :meth:`load` needs for a task."""
+        return self._native.entries(self._task(task), _factor_code(dtype))[1]
+
+    def load_factor(self, task: str, target: str, factor: str, out: Array) -> Array:
+        """Reconstruct one factor into the caller's array.
+
+        Parameters
+        ----------
+        factor
+            ``"A"`` or ``"B"``.
+        out
+            (rank, n_in) for A, (n_out, rank) for B; float32, float16 or bfloat16, contiguous and
+            writable.
+
+        Raises
+        ------
+        NotFoundError, ShapeError, FormatError
+            As :meth:`load`.
+        """
+        if factor not in ("A", "B"):
+            raise ShapeError(f"a factor is 'A' or 'B', got {factor!r}")
+        number = self._task(task)
+        entries, _ = self._native.entries(number, 1)
+        names = [entry.target for entry in entries]
+        if target not in names:
+            raise NotFoundError(
+                f"task {task!r} has no target {target!r}", hint=nearest(target, tuple(names))
+            )
+        position = names.index(target)
+        entry = entries[position]
+        want = (entry.rank, entry.n_in) if factor == "A" else (entry.n_out, entry.rank)
+        if out.shape != want or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ShapeError(
+                f"factor {factor} of {target} wants a writable contiguous {want}, got {out.shape}"
+            )
+        code = _factor_code(out.dtype)
+        raw = out.reshape(-1).view(np.uint8)
+        self._native.load_factor(number, position, "AB".index(factor), code, raw)
+        return out
+
+    def privates(self, task: str) -> Mapping[str, Array]:
+        """Private tensors of a task by name: read-only views on the file."""
+        views = {}
+        for item in self._native.privates(self._task(task)):
+            raw = np.frombuffer(self.buffer, np.uint8, item.n_bytes, item.offset)
+            views[item.name] = raw.view(layout.DTYPES[item.dtype]).reshape(item.shape)
+        return views
+
+    def source(self, task: str) -> StoredTask:
+        """Give a task in the form that importers give, for exporters and for measuring."""
+        return StoredTask(self, task)
+
+    def validate(self) -> Report:
+        """Check every rule of the specification over every byte."""
+        return validate_bytes(self.buffer)
+
+    def _task(self, name: str) -> int:
+        number = self._native.find_task(name)
+        if number < 0:
+            raise NotFoundError(
+                f"no task is called {name!r}",
+                path=self.path or None,
+                hint=nearest(name, self.tasks),
+            )
+        return number
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTask:
+    """A task of an open file as a :class:`~rmmformat.model.SourceTask`.
+
+    Factors come in the dtypes of their original.
+    """
+
+    collection: Collection
+    name: str
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self.collection.path
+
+    @property
+    def _metadata(self) -> Mapping[str, Any]:
+        result: Mapping[str, Any] = self.collection.metadata.get("tasks", {}).get(self.name, {})
+        return result
+
+    @property
+    def base_model(self) -> str:
+        """Id of the base model."""
+        return str(self.collection.metadata.get("base_model", {}).get("id", ""))
+
+    @property
+    def config_text(self) -> str:
+        """The original configuration, character for character."""
+        number = self._metadata.get("config")
+        return "" if number is None else str(self.collection.metadata["configs"][number])
+
+    @cached_property
+    def targets(self) -> Mapping[str, TargetInfo]:
+        """Targets by name."""
+        return self.collection.targets(self.name)
+
+    @property
+    def privates(self) -> Mapping[str, PrivateInfo]:
+        """Private tensors by name."""
+        native = self.collection._native
+        return {
+            item.name: PrivateInfo(
+                Role(item.role) if item.role in set(Role) else Role.OTHER,
+                layout.DTYPES[item.dtype],
+                item.shape,
+            )
+            for item in native.privates(self.collection._task(self.name))
+        }
+
+    @property
+    def ledger(self) -> tuple[LedgerLine, ...]:
+        """Empty: all that a file holds is used."""
+        return ()
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The files that the task was converted from."""
+        return tuple(
+            SourceFile(file["name"], file["n_bytes"], file["sha256"])
+            for file in self._metadata.get("files", ())
+        )
+
+    def factors(self, target: str) -> Factors:
+        """Reconstruct one target's factors in their original's dtypes."""
+        info = self.targets[target]
+        arrays = [
+            self.collection.load_factor(self.name, target, factor, np.empty(shape, dtype))
+            for factor, shape, dtype in (
+                ("A", (info.rank, info.shape.n_in), info.dtype_a),
+                ("B", (info.shape.n_out, info.rank), info.dtype_b),
+            )
+        ]
+        return Factors(arrays[0], arrays[1], info.scale)
+
+    def private_tensor(self, name: str) -> Array:
+        """Copy of one private tensor."""
+        privates = self.collection.privates(self.name)
+        if name not in privates:
+            raise NotFoundError(
+                f"task {self.name!r} has no private tensor {name!r}",
+                hint=nearest(name, tuple(privates)),
+            )
+        return privates[name].copy()
+
+
+def open_collection(source: str | os.PathLike[str] | bytes | memoryview) -> Collection:
+    """Open an ``.rmm`` file: header and index are read and checked, payload is only mapped.
+
+    Parameters
+    ----------
+    source
+        A path, or the bytes of a file (used in place, not copied).
+
+    Raises
+    ------
+    FormatError
+        The file breaks the specification; ``rule`` and ``offset`` say where.
+    UnsupportedError
+        The file needs a newer reader.
+    OSError
+        The file cannot be opened.
+
+    Examples
+    --------
+    >>> with rmmformat.open("skills.rmm") as collection:  # doctest: +SKIP
+    ...     task = collection.load("sst2")
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return Collection(File.from_buffer(source), "")
+    path = os.fspath(source)
+    return Collection(File.open(path), path)
+
+
+def _factor_code(dtype: Any) -> int:
+    if isinstance(dtype, str) and dtype in layout.FACTOR_DTYPES:
+        return layout.FACTOR_DTYPES[dtype]
+    try:
+        code = layout.dtype_code(np.dtype(dtype))
+    except TypeError:
+        code = None
+    if code not in layout.FACTOR_DTYPES.values():
+        raise ShapeError(f"factors come as f32, f16 or bf16, not {dtype}")
+    assert code is not None  # noqa: S101  # for the type checker: None is not among the values
+    return code
+
+
+def _checked(out: npt.NDArray[np.uint8], n_bytes: int) -> npt.NDArray[np.uint8]:
+    good = (
+        isinstance(out, np.ndarray)
+        and out.dtype == np.uint8
+        and out.ndim == 1
+        and out.flags.c_contiguous
+        and out.flags.writeable
+        and out.nbytes >= n_bytes
+        and out.ctypes.data % 64 == 0
+    )
+    if not good:
+        raise ShapeError(
+            f"out must be writable, contiguous, 64-byte aligned uint8 of at least {n_bytes} bytes"
+        )
+    return out
+
+
+def _view(
+    arena: npt.NDArray[np.uint8], offset: int, shape: tuple[int, int], dtype: np.dtype[Any]
+) -> Array:
+    n_bytes = shape[0] * shape[1] * dtype.itemsize
+    # As a plain ndarray whose base is the arena: that is what returns the memory to the pool.
+    view: Array = arena[offset : offset + n_bytes].view(np.ndarray).view(dtype).reshape(shape)
+    return view
+
+
+def _info(entry: NativeEntry) -> TargetInfo:
+    shape = TargetShape(
+        entry.n_in, entry.n_out, TargetKind(entry.kind), bool(entry.flags & 1), entry.kernel
+    )
+    return TargetInfo(
+        shape,
+        entry.rank,
+        entry.scale,
+        layout.DTYPES[entry.dtype_a],
+        layout.DTYPES[entry.dtype_b],
+    )

@@ -1,0 +1,278 @@
+"""The Python reader: bytes of a file to the tables of its index, every rule of opening checked.
+
+Tables come as numpy record arrays over the file's own bytes.  :func:`read_index` raises at the
+first broken rule; :mod:`rmmformat.format.validate` collects them all from the same checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rmmformat._native import crc32c
+from rmmformat.errors import (
+    ChecksumError,
+    FormatError,
+    LayoutError,
+    MetadataError,
+    NotFoundError,
+    TruncatedError,
+    UnsupportedError,
+)
+from rmmformat.format import layout
+
+__all__ = ["Index", "Section", "Slot", "Violation", "nearest", "raise_violation", "read_index"]
+
+Table = npt.NDArray[np.void]
+
+_UNSUPPORTED = {2, 3, 23, 88}
+_CHECKSUMS = {4, 10, 12, 20, 25, 80, 81, 82, 83}
+_HINTS = {
+    1: "This is not an .rmm file, or it was transferred as text.",
+    2: "A newer rmmformat may read it.",
+    3: "A newer rmmformat may read it.",
+    13: "The file is cut short; fetch it again.",
+    14: "Bytes were appended to the file; fetch it again.",
+    23: "A newer rmmformat may read it.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Violation:
+    """A rule that a file breaks, and where."""
+
+    rule: int
+    offset: int
+    message: str
+    unsupported: bool = False
+
+    @property
+    def id(self) -> str:
+        """Id of the rule, as the specification writes it."""
+        return f"RMM-{self.rule:03d}"
+
+
+def raise_violation(violation: Violation, path: str | None = None) -> None:
+    """Raise the exception that fits a violation."""
+    kind: type[FormatError | UnsupportedError] = LayoutError
+    if violation.unsupported or violation.rule in _UNSUPPORTED:
+        kind = UnsupportedError
+    elif violation.rule == 13:
+        kind = TruncatedError
+    elif violation.rule in _CHECKSUMS:
+        kind = ChecksumError
+    elif violation.rule in (90, 91):
+        kind = MetadataError
+    raise kind(
+        violation.message,
+        rule=violation.id,
+        offset=violation.offset,
+        path=path,
+        hint=_HINTS.get(violation.rule),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One of the two header slots."""
+
+    offset: int
+    record: Any
+    state: str  # "empty", "valid" or "damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One section of the index; `table` is None for types that this version does not know."""
+
+    type: str
+    offset: int
+    length: int
+    count: int
+    coding: int
+    table: Table | None
+
+
+class Index:
+    """The index of a file.
+
+    Attributes
+    ----------
+    data
+        The bytes of the whole file.
+    minor
+        Minor version.
+    slots, active
+        Both slots, and the record of the active one.
+    sections
+        By type, in the order of the file.
+    strings
+        Names by string id.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.minor = 0
+        self.slots: list[Slot] = []
+        self.active: Any = None
+        self.sections: dict[str, Section] = {}
+        self.strings: list[str] = []
+        self.first_frame: npt.NDArray[np.int64] = np.zeros(1, np.int64)
+
+    def table(self, name: str) -> Table:
+        """Records of a section; none where it is absent."""
+        section = self.sections.get(name)
+        if section is None or section.table is None:
+            return np.zeros(0, layout.RECORDS[name])
+        return section.table
+
+    def table_offset(self, name: str, record: int) -> int:
+        """Offset of a record of a section, for messages."""
+        section = self.sections.get(name)
+        if section is None or section.table is None:
+            return int(self.active["index_offset"]) if self.active is not None else 0
+        stride = section.table.strides[0] if section.coding == 0 else 0
+        return section.offset + record * stride
+
+    @property
+    def file_length(self) -> int:
+        """Length of the file as the active slot has it."""
+        return int(self.active["file_length"])
+
+    @cached_property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the file."""
+        return tuple(self.strings[i] for i in self.table("TASK")["name"])
+
+    @cached_property
+    def target_names(self) -> tuple[str, ...]:
+        """Name of every target record."""
+        return tuple(self.strings[i] for i in self.table("TARG")["name"])
+
+    def find_task(self, name: str) -> int:
+        """Ordinal of a task.
+
+        Raises
+        ------
+        NotFoundError
+            No task has that name; the hint names the nearest.
+        """
+        try:
+            return self.task_names.index(name)
+        except ValueError:
+            raise NotFoundError(
+                f"no task is called {name!r}", hint=nearest(name, self.task_names)
+            ) from None
+
+    def task_targets(self, task: int) -> npt.NDArray[np.uint32]:
+        """Target ids of a task, one for each of its entries."""
+        record = self.table("TASK")[task]
+        first = int(record["first_target"])
+        ids: npt.NDArray[np.uint32] = self.table("TLST")["target"][
+            first : first + int(record["n_entries"])
+        ]
+        return ids
+
+    def layout_runs(self, layout_id: int) -> list[tuple[int, int]]:
+        """Runs of a layout: encoding code, number of rows."""
+        if layout_id == layout.NONE:
+            return []
+        record = self.table("LAYO")[layout_id]
+        first = int(record["first_run"])
+        runs = self.table("RUNS")[first : first + int(record["n_runs"])]
+        return [(int(run["encoding"]), int(run["count"])) for run in runs]
+
+    def entry_offsets(self, task: int) -> list[int]:
+        """Offset of every entry of a task (section 7.1)."""
+        record = self.table("TASK")[task]
+        first, position = int(record["first_entry"]), 0
+        offsets = []
+        for length in self.table("ENTR")["length"][first : first + int(record["n_entries"])]:
+            size = int(length)
+            position = layout.ceil_to(position, layout.alignment(size, 1))
+            offsets.append(int(record["offset"]) + position)
+            position += size
+        return offsets
+
+    def section_bytes(self, name: str) -> bytes | None:
+        """Decoded bytes of a section, or None where it is absent."""
+        section = self.sections.get(name)
+        if section is None:
+            return None
+        raw = bytes(self.data[section.offset : section.offset + section.length])
+        if section.coding == 0:
+            return raw
+        return inflate(raw, section.count * layout.RECORDS[name].itemsize)
+
+
+def inflate(raw: bytes, size: int) -> bytes:
+    """Inflate a zlib stream of exactly `size` bytes (RMM-026), in memory bounded by `size`.
+
+    Raises
+    ------
+    LayoutError
+        Not such a stream.
+    """
+    try:
+        stream = zlib.decompressobj()
+        out = stream.decompress(raw, size + 1)
+        whole = stream.eof and not stream.unused_data
+    except zlib.error:
+        out, whole = b"", False
+    if not whole or len(out) != size:
+        raise LayoutError(f"section does not inflate to {size} bytes", rule="RMM-026")
+    return out
+
+
+def nearest(name: str, names: tuple[str, ...]) -> str:
+    """Sentence that names what was probably meant."""
+    import difflib
+
+    close = difflib.get_close_matches(name, names, 3) or list(names[:5])
+    if not close:
+        return "The file has none."
+    return f"There is {', '.join(close)}" + (f" ({len(names)} in all)." if len(names) > 5 else ".")
+
+
+def read_index(data: Any, path: str | None = None) -> Index:
+    """Read and check header and index (the rules marked "open").
+
+    Parameters
+    ----------
+    data
+        The whole file: bytes, memoryview, mmap.
+    path
+        For messages.
+
+    Raises
+    ------
+    FormatError, UnsupportedError
+        For the first rule that is broken.
+    """
+    from rmmformat.format.rules import OPEN_STAGES
+
+    index = Index(memoryview(data).cast("B"))
+    for stage in OPEN_STAGES:
+        for violation in stage(index):
+            if violation.rule not in VALIDATE_ONLY:
+                raise_violation(violation, path)
+    return index
+
+
+#: Rules that the stages of opening find on their way but that do not stop a reader.
+VALIDATE_ONLY = frozenset({12, 15})
+
+
+def check_sum(data: memoryview, offset: int, length: int, stored: int) -> int | None:
+    """Computed CRC32C if it differs from the stored one."""
+    computed = crc32c(data[offset : offset + length])
+    return None if computed == stored else computed
+
+
+Violations = Iterator[Violation]

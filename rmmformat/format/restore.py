@@ -1,0 +1,174 @@
+"""Reconstruction in numpy, term by term as the specification's section 8.1 has it.
+
+The native module does the same for speed; the two agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rmmformat.errors import FormatError
+from rmmformat.format import layout
+from rmmformat.format.encodings import by_code, decode_run
+from rmmformat.format.reader import Index
+
+__all__ = ["entry_factors", "read_arrays", "sum_terms"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+def sum_terms(
+    rank: int,
+    length: int,
+    *,
+    mean: Float32 | None,
+    basis: Float32 | None,
+    coefficients: Float32 | None,
+    residual: Float32 | None,
+    group: int = 1,
+    row_mixing: bool = False,
+) -> Float32:
+    """Evaluate the formula of section 8.1 for one factor.
+
+    Parameters
+    ----------
+    rank, length
+        Rows and row length of the result.
+    mean
+        (R, length) with R >= rank, or None.
+    basis
+        (p, R, length), with row mixing (p, 1, length), or None.
+    coefficients
+        (p, K * ceil(length / group)), K = rank with row mixing and 1 otherwise.
+    residual
+        (rank, length) or None.
+
+    Returns
+    -------
+    (rank, length) float32: each product and each sum rounded on its own.
+    """
+    total: Float32 | None = None if mean is None else mean[:rank].copy()
+    if basis is not None and coefficients is not None:
+        n_groups = -(-length // group)
+        spread = np.repeat(np.arange(n_groups), group)[:length]
+        for direction, numbers in zip(basis, coefficients, strict=True):
+            weight = numbers.reshape(rank if row_mixing else 1, n_groups)[:, spread]
+            rows = direction if row_mixing else direction[:rank]
+            product = np.broadcast_to(weight * rows, (rank, length))
+            total = product.copy() if total is None else total + product
+    if residual is not None:
+        total = residual if total is None else total + residual
+    return np.zeros((rank, length), np.float32) if total is None else total
+
+
+def read_arrays(
+    index: Index, start: int, end: int, arrays: list[tuple[int, int]]
+) -> list[Float32 | None]:
+    """Decode the arrays of one entry or frame.
+
+    Parameters
+    ----------
+    start, end
+        Offsets of its bytes.
+    arrays
+        Layout id and row length of each array.
+
+    Raises
+    ------
+    FormatError
+        The arrays do not end at `end` (RMM-052, RMM-061).
+    """
+    position, decoded = 0, []
+    for layout_id, row_length in arrays:
+        rows = []
+        for code, count in index.layout_runs(layout_id):
+            row_bytes = by_code(code).row_bytes
+            if row_bytes is None:
+                raise FormatError(f"encoding {code:#04x} has no size", rule="RMM-087", offset=start)
+            n_bytes = count * row_bytes(row_length)
+            position = layout.ceil_to(position, layout.alignment(n_bytes, 1))
+            at = start + position
+            if at + n_bytes > end:
+                raise FormatError("an array ends behind its extent", rule="RMM-061", offset=at)
+            rows.append(decode_run(code, index.data[at : at + n_bytes], count, row_length))
+            position += n_bytes
+        decoded.append(np.concatenate(rows) if rows else None)
+    if start + position != end:
+        raise FormatError(
+            f"arrays take {position} bytes, their extent has {end - start}",
+            rule="RMM-061",
+            offset=start,
+        )
+    return decoded
+
+
+def frame_arrays(index: Index, frame: Any) -> list[Float32 | None]:
+    """Mean and basis of A, mean and basis of B, as flat lists of rows."""
+    target = index.table("TARG")[frame["target"]]
+    arrays = [
+        (int(frame[f][array]), int(target[side]))
+        for f, side in (("a", "n_in"), ("b", "n_out"))
+        for array in ("mean", "basis")
+    ]
+    start = int(frame["offset"])
+    return read_arrays(index, start, start + int(frame["length"]), arrays)
+
+
+def entry_factors(
+    index: Index, task: int, entry: int, offset: int | None = None
+) -> tuple[Float32, Float32]:
+    """Factors A (rank, n_in) and B (n_out, rank) of one entry of a task.
+
+    Parameters
+    ----------
+    task
+        Ordinal of the task.
+    entry
+        Ordinal of the entry within the task.
+    offset
+        Offset of the entry's bytes, where the caller knows it already.
+    """
+    record = index.table("TASK")[task]
+    entry_record = index.table("ENTR")[int(record["first_entry"]) + entry]
+    form = index.table("FORM")[entry_record["form"]]
+    target_id = int(index.task_targets(task)[entry])
+    target = index.table("TARG")[target_id]
+    rank = int(form["rank"])
+    frame, shared = None, [None] * 4
+    if form["cluster"]:
+        frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
+        shared = frame_arrays(index, frame)
+    arrays, shapes = [], []
+    for f, side in (("a", "n_in"), ("b", "n_out")):
+        length = int(target[side])
+        group, mixing, n_parts = length, False, 1
+        if frame is not None and frame[f]["rank"]:
+            group, mixing = int(frame[f]["group"]), bool(frame[f]["flags"] & 1)
+            n_parts = int(frame[f]["rank"])
+        shapes.append((length, group, mixing, n_parts))
+        width = -(-length // group) * (rank if mixing else 1)
+        arrays.append((int(form[f"coefficients_{f}"]), width))
+        arrays.append((int(form[f"residual_{f}"]), length))
+    start = index.entry_offsets(task)[entry] if offset is None else offset
+    own = read_arrays(index, start, start + int(entry_record["length"]), arrays)
+    factors = []
+    for number, (length, group, mixing, n_rows) in enumerate(shapes):
+        basis = shared[2 * number + 1]
+        if basis is not None:
+            basis = basis.reshape(-1, 1 if mixing else n_rows, length)
+        factors.append(
+            sum_terms(
+                rank,
+                length,
+                mean=shared[2 * number],
+                basis=basis,
+                coefficients=own[2 * number],
+                residual=own[2 * number + 1],
+                group=group,
+                row_mixing=mixing,
+            )
+        )
+    return factors[0], np.ascontiguousarray(factors[1].T)

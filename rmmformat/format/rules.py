@@ -1,0 +1,640 @@
+"""The rules that opening a file checks, in the order in which they build on one another.
+
+Each stage takes the :class:`~rmmformat.format.reader.Index` under construction, yields what is
+broken, and fills in what later stages use.  A later stage may rely on all earlier ones having
+yielded nothing that stops a reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rmmformat.errors import LayoutError
+from rmmformat.format import layout
+from rmmformat.format.encodings import ENCODINGS
+from rmmformat.format.reader import Index, Section, Slot, Violation, check_sum, inflate
+from rmmformat.model import TargetKind
+
+__all__ = ["OPEN_STAGES", "array_length"]
+
+Broken = Iterator[Violation]
+_FACTORS = (("a", "n_in"), ("b", "n_out"))
+
+
+def header(index: Index) -> Broken:
+    """Preamble and slots (section 5)."""
+    data = index.data
+    if len(data) < layout.HEADER_LENGTH:
+        start = bytes(data[: len(layout.SIGNATURE)])
+        if start != layout.SIGNATURE[: len(start)] or not start:
+            yield Violation(1, 0, f"file starts with {start.hex(' ') or 'nothing'}")
+        else:
+            yield Violation(
+                13, len(data), f"file has {len(data)} bytes, a header {layout.HEADER_LENGTH}"
+            )
+        return
+    preamble = np.frombuffer(data[: layout.PREAMBLE.itemsize], layout.PREAMBLE)[0]
+    if bytes(data[:8]) != layout.SIGNATURE:
+        got, want = bytes(data[:8]).hex(" "), layout.SIGNATURE.hex(" ")
+        yield Violation(1, 0, f"file starts with {got}, not {want}")
+        return
+    if preamble["major"] != layout.MAJOR:
+        yield Violation(2, 8, f"major version is {preamble['major']}, this reader knows 1")
+        return
+    if (computed := check_sum(data, 0, 60, int(preamble["crc"]))) is not None:
+        yield Violation(
+            4, 60, f"preamble checksum is {preamble['crc']:#010x}, computed {computed:#010x}"
+        )
+    if preamble["features"]:
+        yield Violation(3, 12, f"unknown features {preamble['features']:#x}")
+    first = layout.SLOT_OFFSETS[0] + layout.SLOT.itemsize
+    for start, end in ((16, 60), (first, layout.SLOT_OFFSETS[1])):
+        if any(data[start:end]):
+            yield Violation(5, start, f"reserved bytes {start} to {end - 1} are not zero")
+    index.minor = int(preamble["minor"])
+
+
+def slots(index: Index) -> Broken:
+    """The two slots and what the active one says."""
+    data = index.data
+    parity_broken = None
+    for number, offset in enumerate(layout.SLOT_OFFSETS):
+        raw = data[offset : offset + layout.SLOT.itemsize]
+        record = np.frombuffer(raw, layout.SLOT)[0]
+        sequence = int(record["sequence"])
+        state = "valid"
+        if not any(raw):
+            state = "empty"
+        elif check_sum(data, offset, 124, int(record["crc"])) is not None:
+            state = "damaged"
+        elif sequence == 0 or sequence % 2 != 1 - number:
+            state = "damaged"
+            parity_broken = Violation(
+                11, offset, f"sequence {sequence} does not belong in slot {number}"
+            )
+        index.slots.append(Slot(offset, record, state))
+    valid = [slot for slot in index.slots if slot.state == "valid"]
+    if parity_broken is not None:
+        yield parity_broken
+    if not valid:
+        if parity_broken is None:
+            yield Violation(10, layout.SLOT_OFFSETS[0], "neither slot is valid")
+        return
+    for number, slot in enumerate(index.slots):
+        if slot.state == "damaged" and parity_broken is None:
+            yield Violation(12, slot.offset, f"slot {number} is damaged")
+        if slot.state == "valid" and index.minor == 0 and any(bytes(slot.record["unused"])):
+            yield Violation(15, slot.offset + 56, f"unused bytes of slot {number} are not zero")
+    active = max(valid, key=lambda slot: int(slot.record["sequence"]))
+    record, offset = active.record, active.offset
+    index.active = record
+    length, limit = int(record["file_length"]), int(record["growth_limit"])
+    if length > len(data):
+        yield Violation(
+            13, offset + 8, f"file has {len(data)} bytes, its header says {length}"
+        )
+    if limit < length or limit < len(data):
+        yield Violation(
+            14,
+            offset + 16,
+            f"growth limit {limit} is below the recorded length {length} or the file's "
+            f"{len(data)} bytes",
+        )
+    size = int(record["section_record_size"])
+    if size < 40 or size % 8 or (index.minor == 0 and size != 40):
+        yield Violation(17, offset + 48, f"section record size is {size}, expected 40")
+        return
+    start, index_length = int(record["index_offset"]), int(record["index_length"])
+    if (
+        start % 8
+        or start < layout.HEADER_LENGTH
+        or start + index_length > length
+        or int(record["n_sections"]) * size > index_length
+    ):
+        yield Violation(
+            16,
+            offset + 24,
+            f"index of {index_length} bytes with {record['n_sections']} sections at {start} does "
+            f"not fit a file of {length} bytes",
+        )
+
+
+def section_table(index: Index) -> Broken:
+    """The section table and every section's place, size and checksum (section 6)."""
+    data, active = index.data, index.active
+    start, size = int(active["index_offset"]), int(active["section_record_size"])
+    count = int(active["n_sections"])
+    table_length = count * size
+    computed = check_sum(data, start, table_length, int(active["section_table_crc"]))
+    if computed is not None:
+        yield Violation(20, start, f"section table checksum computed {computed:#010x}")
+        return
+    end = start + int(active["index_length"])
+    position = start + table_length
+    for number in range(count):
+        at = start + number * size
+        record = np.frombuffer(data[at : at + layout.SECTION.itemsize], layout.SECTION)[0]
+        raw_type = bytes(data[at : at + 4])
+        if not raw_type.isalpha() or not raw_type.isascii():
+            yield Violation(22, at, f"section type {raw_type!r} is not four ASCII letters")
+            return
+        kind = raw_type.decode()
+        if kind in index.sections:
+            yield Violation(22, at, f"section {kind} occurs twice")
+            return
+        offset, length = int(record["offset"]), int(record["length"])
+        if (
+            offset % 8
+            or not position <= offset < position + 8
+            or length > end - offset
+            or any(data[position:offset])
+        ):
+            yield Violation(
+                21,
+                at + 8,
+                f"section {kind} of {length} bytes at {offset} does not follow {position} within "
+                f"the index that ends at {end}",
+            )
+            return
+        position = offset + length
+        known = layout.RECORDS.get(kind)
+        if known is None and kind[0].isupper():
+            yield Violation(23, at, f"section {kind} is critical and not known")
+            return
+        computed = check_sum(data, offset, length, int(record["crc"]))
+        if computed is not None:
+            yield Violation(25, at + 36, f"section {kind} checksum computed {computed:#010x}")
+            return
+        section = Section(kind, offset, length, int(record["count"]), int(record["coding"]), None)
+        yield from _section_content(index, section, int(record["record_size"]), at)
+    if position != end:
+        yield Violation(21, start, f"sections end at {position}, the index at {end}")
+
+
+def _section_content(index: Index, section: Section, record_size: int, at: int) -> Broken:
+    known = layout.RECORDS.get(section.type)
+    minimum = 1 if known is None else known.itemsize
+    n_bytes = section.count * record_size
+    if record_size < minimum or (index.minor == 0 and known and record_size != minimum):
+        yield Violation(
+            24, at + 32, f"record size of {section.type} is {record_size}, expected {minimum}"
+        )
+        return
+    raw: Any = index.data[section.offset : section.offset + section.length]
+    if section.coding == 0:
+        if n_bytes != section.length:
+            yield Violation(
+                24,
+                at + 16,
+                f"section {section.type} has {section.length} bytes, its records take {n_bytes}",
+            )
+            return
+    else:
+        limit = layout.DEFLATE_RATIO * section.length + layout.DEFLATE_FLOOR
+        if section.coding != 1 or section.type[0].isupper() or n_bytes > limit:
+            yield Violation(
+                26, at + 4, f"section {section.type}: coding {section.coding} of {n_bytes} bytes"
+            )
+            return
+        try:
+            raw = inflate(bytes(raw), n_bytes)
+        except LayoutError as error:
+            yield Violation(26, section.offset, f"section {section.type}: {error.message}")
+            return
+    table = None
+    if known is not None:
+        dtype = np.dtype(
+            {
+                "names": list(known.names or ()),
+                "formats": [known.fields[name][0] for name in known.names or ()],  # type: ignore[index]
+                "offsets": [known.fields[name][1] for name in known.names or ()],  # type: ignore[index]
+                "itemsize": record_size,
+            }
+        )
+        table = np.frombuffer(raw, dtype)
+    index.sections[section.type] = Section(
+        section.type, section.offset, section.length, section.count, section.coding, table
+    )
+
+
+def names(index: Index) -> Broken:
+    """STRS: names and their order."""
+    section = index.sections.get("STRS")
+    if section is None:
+        return
+    raw = bytes(index.data[section.offset : section.offset + section.length])
+    if not raw.endswith(b"\0"):
+        yield Violation(30, section.offset, "the last string does not end in a NUL byte")
+        return
+    position, previous = section.offset, b""
+    for string in raw[:-1].split(b"\0"):
+        try:
+            text = string.decode()
+        except UnicodeDecodeError:
+            text = ""
+        if not text or len(string) > layout.MAX_NAME or any(b < 32 or b == 127 for b in string):
+            yield Violation(30, position, f"string {len(index.strings)} is not a valid name")
+            return
+        if string <= previous:
+            yield Violation(31, position, f"string {text!r} is not above its predecessor")
+            return
+        index.strings.append(text)
+        position, previous = position + len(string) + 1, string
+
+
+def _first(mask: Any) -> int | None:
+    hits = np.flatnonzero(mask)
+    return int(hits[0]) if len(hits) else None
+
+
+def reserved(index: Index) -> Broken:
+    """Reserved fields of records (RMM-037)."""
+    for name in layout.SECTION_ORDER:
+        table = index.table(name)
+        for field in layout.RECORDS[name].names or ():
+            if field.startswith("reserved") and len(table):
+                values = table[field].reshape(len(table), -1)
+                if (i := _first(values.any(axis=1))) is not None:
+                    at = index.table_offset(name, i)
+                    yield Violation(37, at, f"{name} record {i}: reserved field is not zero")
+
+
+def targets(index: Index) -> Broken:
+    """TARG."""
+    table = index.table("TARG")
+    for i, record in enumerate(table):
+        at = index.table_offset("TARG", i)
+        kernel, kind = [int(k) for k in record["kernel"]], int(record["kind"])
+        if kind not in set(TargetKind):
+            yield Violation(36, at + 22, f"target {i}: unknown kind {kind}", unsupported=True)
+            return
+        sizes = [k for k in kernel if k]
+        is_conv = kind == TargetKind.CONV
+        n_in, n_out = int(record["n_in"]), int(record["n_out"])
+        if (
+            not 1 <= n_in <= layout.MAX_SIDE
+            or not 1 <= n_out <= layout.MAX_SIDE
+            or record["flags"] > 1
+            or kernel[: len(sizes)] != sizes
+            or bool(sizes) != is_conv
+            or (is_conv and n_in % int(np.prod(sizes, dtype=object)))
+        ):
+            yield Violation(36, at, f"target {i}: sides {n_in}, {n_out}, kernel {kernel}")
+            return
+    if (i := _first(table["name"] >= len(index.strings))) is not None:
+        at = index.table_offset("TARG", i)
+        yield Violation(35, at + 24, f"target {i}: name {table['name'][i]} is no string")
+        return
+    keys = [
+        (int(r["name"]), int(r["n_in"]), int(r["n_out"]), int(r["kind"]), int(r["flags"]),
+         tuple(int(k) for k in r["kernel"]))
+        for r in table
+    ]  # fmt: skip
+    for i in range(1, len(keys)):
+        if keys[i] <= keys[i - 1]:
+            yield Violation(35, index.table_offset("TARG", i), f"target {i} is out of order")
+            return
+
+
+def layouts(index: Index) -> Broken:
+    """RUNS and LAYO."""
+    runs, table = index.table("RUNS"), index.table("LAYO")
+    if (i := _first(runs["count"] == 0)) is not None:
+        yield Violation(40, index.table_offset("RUNS", i), f"run {i} counts no rows")
+        return
+    position = 0
+    for i, record in enumerate(table):
+        first, count = int(record["first_run"]), int(record["n_runs"])
+        rows = runs["count"][first : first + count].sum(dtype=np.uint64) if first == position else 0
+        if first != position or not 1 <= count <= len(runs) - first or rows != record["n_rows"]:
+            yield Violation(
+                41,
+                index.table_offset("LAYO", i),
+                f"layout {i}: runs {first} to {first + count}, {record['n_rows']} rows",
+            )
+            return
+        position += count
+    if position != len(runs):
+        yield Violation(41, index.table_offset("LAYO", 0), "layouts do not tile the runs")
+
+
+def _has_layout(index: Index, ids: Any) -> Any:
+    return (ids == layout.NONE) | (ids < len(index.table("LAYO")))
+
+
+def _rows_of(index: Index, layout_id: int) -> int:
+    return int(index.table("LAYO")["n_rows"][layout_id])
+
+
+def forms(index: Index) -> Broken:
+    """FORM."""
+    for i, record in enumerate(index.table("FORM")):
+        at = index.table_offset("FORM", i)
+        ids = [record[f"{array}_{f}"] for f in "ab" for array in ("coefficients", "residual")]
+        if (
+            not np.isfinite(record["scale"])
+            or not 1 <= record["rank"] <= layout.MAX_RANK
+            or not all(_has_layout(index, id_) for id_ in ids)
+            or any(record[f"dtype_{f}"] not in layout.FACTOR_DTYPES.values() for f in "ab")
+        ):
+            yield Violation(42, at, f"form {i}: scale {record['scale']}, rank {record['rank']}")
+            return
+        for f in "ab":
+            residual = int(record[f"residual_{f}"])
+            if residual != layout.NONE and _rows_of(index, residual) != record["rank"]:
+                yield Violation(
+                    43, at, f"form {i}: residual has {_rows_of(index, residual)} rows, not rank"
+                )
+                return
+
+
+def array_length(index: Index, start: int, layout_id: int, row_length: int) -> int | None:
+    """End of an array that follows `start`; None where only its bytes can tell (section 7.2)."""
+    for code, count in index.layout_runs(layout_id):
+        encoding = ENCODINGS.get(code)
+        if encoding is None or encoding.row_bytes is None:
+            return None
+        n_bytes = count * encoding.row_bytes(row_length)
+        start = layout.ceil_to(start, layout.alignment(n_bytes, 1)) + n_bytes
+    return start
+
+
+def _is_absent(part: Any) -> bool:
+    return (
+        not any(int(part[f]) for f in ("group", "n_components", "rank", "flags"))
+        and part["mean"] == layout.NONE
+        and part["basis"] == layout.NONE
+    )
+
+
+def frames(index: Index) -> Broken:
+    """FRAM."""
+    table, target_table = index.table("FRAM"), index.table("TARG")
+    if (i := _first(table["target"] >= len(target_table))) is not None:
+        yield Violation(50, index.table_offset("FRAM", i), f"frame {i} names no target")
+        return
+    order = table["target"].astype(np.int64)
+    if (i := _first(np.diff(order) < 0)) is not None:
+        yield Violation(50, index.table_offset("FRAM", i + 1), f"frame {i + 1} is out of order")
+        return
+    index.first_frame = np.searchsorted(order, np.arange(len(target_table) + 1))
+    for i, record in enumerate(table):
+        at, target = index.table_offset("FRAM", i), target_table[record["target"]]
+        n_absent = 0
+        position: int | None = 0
+        for f, side in _FACTORS:
+            part, row_length = record[f], int(target[side])
+            if _is_absent(part):
+                n_absent += 1
+                if part["reserved"]:
+                    yield Violation(37, at, f"frame {i}: reserved field is not zero")
+                    return
+                continue
+            yield from _part(index, part, row_length, at, i)
+            if position is not None:
+                position = array_length(index, position, int(part["mean"]), row_length)
+            if position is not None:
+                position = array_length(index, position, int(part["basis"]), row_length)
+        if n_absent == 2:
+            yield Violation(51, at, f"frame {i} has no part")
+            return
+        length = int(record["length"])
+        if (position is not None and position != length) or (length == 0 and record["offset"]):
+            yield Violation(52, at + 8, f"frame {i} has {length} bytes, its arrays take {position}")
+            return
+
+
+def _part(index: Index, part: Any, row_length: int, at: int, number: int) -> Broken:
+    mixing, p, rank = int(part["flags"]), int(part["n_components"]), int(part["rank"])
+    group, mean, basis = int(part["group"]), int(part["mean"]), int(part["basis"])
+    if part["reserved"]:
+        yield Violation(37, at, f"frame {number}: reserved field is not zero")
+        return
+    if (
+        mixing > 1
+        or not 1 <= rank <= layout.MAX_RANK
+        or not 1 <= group <= row_length
+        or (mixing and group != row_length)
+        or p > layout.MAX_RANK
+        or (basis == layout.NONE) != (p == 0)
+        or not (_has_layout(index, part["mean"]) and _has_layout(index, part["basis"]))
+        or (mean == layout.NONE and basis == layout.NONE)
+        or (mean != layout.NONE and _rows_of(index, mean) != rank)
+        or (basis != layout.NONE and _rows_of(index, basis) != (p if mixing else p * rank))
+    ):
+        yield Violation(51, at, f"frame {number}: rank {rank}, {p} components, group {group}")
+
+
+def tasks(index: Index) -> Broken:
+    """TASK: names, and the slices of the other tables."""
+    table = index.table("TASK")
+    if (i := _first(table["name"] >= len(index.strings))) is not None:
+        yield Violation(55, index.table_offset("TASK", i), f"task {i}: name is no string")
+        return
+    if (i := _first(np.diff(table["name"].astype(np.int64)) <= 0)) is not None:
+        yield Violation(55, index.table_offset("TASK", i + 1), f"task {i + 1} is out of order")
+        return
+    lists, target_table = index.table("TLST")["target"], index.table("TARG")
+    entry, private = 0, 0
+    for i, record in enumerate(table):
+        at = index.table_offset("TASK", i)
+        n_entries, n_privates = int(record["n_entries"]), int(record["n_privates"])
+        if record["first_entry"] != entry or record["first_private"] != private:
+            yield Violation(56, at + 16, f"task {i} does not follow its predecessor's entries")
+            return
+        entry, private = entry + n_entries, private + n_privates
+        if entry > len(index.table("ENTR")) or private > len(index.table("PRIV")):
+            yield Violation(56, at + 24, f"task {i} has more entries than there are")
+            return
+        first = int(record["first_target"])
+        ids = lists[first : first + n_entries].astype(np.int64)
+        if (
+            first + n_entries > len(lists)
+            or (ids >= len(target_table)).any()
+            or (np.diff(ids) <= 0).any()
+            or (np.diff(target_table["name"][ids].astype(np.int64)) <= 0).any()
+        ):
+            yield Violation(57, at + 32, f"task {i}: its list of targets is not one")
+            return
+    if entry != len(index.table("ENTR")) or private != len(index.table("PRIV")):
+        yield Violation(56, index.table_offset("TASK", 0), "tasks do not tile entries and privates")
+
+
+def entries(index: Index) -> Broken:
+    """ENTR: form, target and frame fit one another; lengths; runs."""
+    table, task_table, form_table = index.table("ENTR"), index.table("TASK"), index.table("FORM")
+    if (i := _first(table["form"] >= len(form_table))) is not None:
+        yield Violation(60, index.table_offset("ENTR", i), f"entry {i} names no form")
+        return
+    fitting: dict[tuple[int, int], Violation | int | None] = {}
+    for number, task in enumerate(task_table):
+        first, count = int(task["first_entry"]), int(task["n_entries"])
+        position, n_values = 0, 0
+        ids = index.task_targets(number)
+        for j in range(count):
+            key = (int(table["form"][first + j]), int(ids[j]))
+            if key not in fitting:
+                fitting[key] = _fit(index, *key)
+            want, length = fitting[key], int(table["length"][first + j])
+            at = index.table_offset("ENTR", first + j)
+            if isinstance(want, Violation):
+                yield Violation(want.rule, at, f"entry {first + j}: {want.message}")
+                return
+            if want is not None and want != length:
+                yield Violation(
+                    61, at, f"entry {first + j} has {length} bytes, its arrays take {want}"
+                )
+                return
+            position = layout.ceil_to(position, layout.alignment(length, 1)) + length
+            target = index.table("TARG")[key[1]]
+            n_values += int(form_table["rank"][key[0]]) * (
+                int(target["n_in"]) + int(target["n_out"])
+            )
+        at = index.table_offset("TASK", number)
+        if position != int(task["length"]) or (position == 0 and task["offset"]):
+            yield Violation(
+                58, at + 8, f"task {number}: run of {task['length']} bytes, entries take {position}"
+            )
+            return
+        if n_values > layout.VALUES_PER_BYTE * index.file_length:
+            yield Violation(
+                62, at, f"task {number} has {n_values} values in {index.file_length} bytes"
+            )
+            return
+
+
+def _fit(index: Index, form_id: int, target_id: int) -> Violation | int | None:
+    """Length of an entry of this form at this target, or what does not fit (RMM-060)."""
+    form, target = index.table("FORM")[form_id], index.table("TARG")[target_id]
+    cluster, rank = int(form["cluster"]), int(form["rank"])
+    frame = None
+    if cluster:
+        first, last = index.first_frame[target_id], index.first_frame[target_id + 1]
+        if cluster > last - first:
+            return Violation(60, 0, f"target {target_id} has no frame {cluster}")
+        frame = index.table("FRAM")[first + cluster - 1]
+    position: int | None = 0
+    for f, side in _FACTORS:
+        row_length, coefficients = int(target[side]), int(form[f"coefficients_{f}"])
+        part = None if frame is None or _is_absent(frame[f]) else frame[f]
+        p = 0 if part is None else int(part["n_components"])
+        if part is not None and rank > part["rank"]:
+            return Violation(60, 0, f"rank {rank} is above its frame's {part['rank']}")
+        if (coefficients == layout.NONE) != (p == 0) or (
+            p and _rows_of(index, coefficients) != p
+        ):
+            return Violation(60, 0, f"coefficients do not fit {p} components")
+        coefficient_length = row_length
+        if part is not None:
+            groups = -(-row_length // int(part["group"]))
+            coefficient_length = groups * (rank if part["flags"] & 1 else 1)
+        for array, length in (
+            (coefficients, coefficient_length),
+            (int(form[f"residual_{f}"]), row_length),
+        ):
+            if position is not None:
+                position = array_length(index, position, array, length)
+    return position
+
+
+def privates(index: Index) -> Broken:
+    """PRIV, BLOB and DIMS."""
+    table, blobs, dims = index.table("PRIV"), index.table("BLOB"), index.table("DIMS")["dim"]
+    for i, blob in enumerate(blobs):
+        if blob["length"] == 0 and blob["offset"]:
+            yield Violation(67, index.table_offset("BLOB", i), f"empty blob {i} has an offset")
+            return
+    starts = {int(first) for first in index.table("TASK")["first_private"]}
+    previous = -1
+    for i, record in enumerate(table):
+        at, name = index.table_offset("PRIV", i), int(record["name"])
+        first, n_dims = int(record["first_dim"]), int(record["n_dims"])
+        if (
+            name >= len(index.strings)
+            or record["blob"] >= len(blobs)
+            or int(record["dtype"]) not in layout.DTYPES
+            or n_dims > 8
+            or first + n_dims > len(dims)
+            or (i not in starts and name <= previous)
+        ):
+            yield Violation(65, at, f"private tensor {i} refers to what is not there")
+            return
+        previous = name
+        shape = [int(dim) for dim in dims[first : first + n_dims]]
+        size = layout.DTYPES[int(record["dtype"])].itemsize
+        for dim in shape:
+            size *= dim
+        if any(dim > layout.MAX_SIDE for dim in shape) or size != blobs["length"][record["blob"]]:
+            yield Violation(
+                66,
+                at,
+                f"private tensor {i}: shape {shape} takes {size} bytes, its blob has "
+                f"{blobs['length'][record['blob']]}",
+            )
+            return
+
+
+def extent_table(index: Index) -> tuple[npt.NDArray[np.uint64], list[str]]:
+    """(n, 2) offset and length of every extent, in order of offset, and what each is."""
+    rows: list[tuple[int, int, str]] = []
+    for kind, name in (("FRAM", "frame"), ("TASK", "task"), ("BLOB", "blob"), ("free", "free")):
+        table = index.table(kind)
+        rows += [
+            (int(record["offset"]), int(record["length"]), f"{name} {i}")
+            for i, record in enumerate(table)
+            if record["length"]
+        ]
+    active = index.active
+    rows.append((int(active["index_offset"]), int(active["index_length"]), "index"))
+    rows.sort(key=lambda row: (row[0], row[1]))
+    places = np.array([row[:2] for row in rows], np.uint64)
+    return places, [row[2] for row in rows]
+
+
+def extents(index: Index) -> Broken:
+    """Extents: alignment, order, no overlap, no holes (section 7)."""
+    places, kinds = extent_table(index)
+    at = int(index.active["index_offset"])
+    for i, length in enumerate(index.table("free")["length"]):
+        if length == 0:
+            offset = index.table_offset("free", i)
+            yield Violation(71, offset, f"free extent {i} is empty")
+            return
+    position = layout.HEADER_LENGTH
+    for (raw_offset, raw_length), kind in zip(places, kinds, strict=True):
+        offset, length = int(raw_offset), int(raw_length)
+        if offset < position or offset + length > index.file_length:
+            yield Violation(
+                71, at, f"{kind} at {offset} of {length} bytes overlaps another or leaves the file"
+            )
+            return
+        if not kind.startswith("free") and offset % layout.alignment(length):
+            yield Violation(70, at, f"{kind} of {length} bytes at {offset} is not aligned")
+            return
+        if offset - position >= 64:
+            yield Violation(72, position, f"bytes {position} to {offset - 1} belong to nothing")
+            return
+        position = offset + length
+    if position != index.file_length:
+        yield Violation(72, position, f"bytes {position} to {index.file_length - 1} are unaccounted")
+
+
+OPEN_STAGES: tuple[Callable[[Index], Broken], ...] = (
+    header,
+    slots,
+    section_table,
+    names,
+    reserved,
+    targets,
+    layouts,
+    forms,
+    frames,
+    tasks,
+    entries,
+    privates,
+    extents,
+)

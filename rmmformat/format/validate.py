@@ -1,0 +1,297 @@
+"""Check every rule of the specification over every byte of a file, and list what is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rmmformat.errors import FormatError, RmmError
+from rmmformat.format import layout
+from rmmformat.format.encodings import ENCODINGS
+from rmmformat.format.reader import Index, Violation, check_sum
+from rmmformat.format.rules import OPEN_STAGES, extent_table
+
+__all__ = ["Report", "check_metadata", "parse_metadata", "validate_bytes"]
+
+MAX_DEPTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Outcome of a validation.
+
+    Attributes
+    ----------
+    violations
+        What the file breaks, in the order found.
+    notices
+        What is worth knowing and breaks nothing.
+    n_checked
+        Number of checksums of payload that were computed.
+    """
+
+    violations: tuple[Violation, ...]
+    notices: tuple[str, ...] = ()
+    n_checked: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """True if no rule is broken."""
+        return not self.violations
+
+    @property
+    def unsupported(self) -> bool:
+        """True if all that is wrong is that this version is too old for the file."""
+        return bool(self.violations) and all(
+            v.unsupported or v.rule in (2, 3, 23, 88) for v in self.violations
+        )
+
+
+def validate_bytes(data: Any, progress: Callable[[int, int], None] | None = None) -> Report:
+    """Validate a whole file.
+
+    Parameters
+    ----------
+    data
+        The file: bytes, memoryview or mmap.
+    progress
+        Called with bytes checked and bytes in all.
+
+    Notes
+    -----
+    Rules build on one another: when the index is broken, what it points to is not checked.
+    """
+    index = Index(memoryview(data).cast("B"))
+    found: list[Violation] = []
+    for stage in OPEN_STAGES:
+        now = list(stage(index))
+        found += now
+        if any(violation.rule not in (5, 12, 15) for violation in now):
+            return Report(tuple(found))
+    n_checked = 0
+    total = index.file_length
+    for violation, position in _payload(index):
+        n_checked += 1
+        if violation is not None:
+            found.append(violation)
+        if progress is not None:
+            progress(min(position, total), total)
+    found += _padding(index)
+    found += check_metadata(index)
+    found += _errors(index)
+    notices = []
+    if len(index.data) > index.file_length:
+        notices.append(
+            f"{len(index.data) - index.file_length} bytes of scratch follow the collection: growth "
+            "is under way, or was cut short; compacting removes them"
+        )
+    if progress is not None:
+        progress(total, total)
+    return Report(tuple(found), tuple(notices), n_checked)
+
+
+def _payload(index: Index) -> Iterator[tuple[Violation | None, int]]:
+    """Checksum and content of every frame, entry, blob and free extent."""
+    frames = index.table("FRAM")
+    for i, frame in enumerate(frames):
+        start, length = int(frame["offset"]), int(frame["length"])
+        yield _sum(index, 81, start, length, int(frame["crc"]), f"frame {i}"), start + length
+        target = index.table("TARG")[frame["target"]]
+        arrays = [
+            (int(frame[f][array]), int(target[side]))
+            for f, side in (("a", "n_in"), ("b", "n_out"))
+            for array in ("mean", "basis")
+        ]
+        for violation in _arrays(index, start, start + length, arrays, f"frame {i}"):
+            yield violation, start + length
+    entries, names = index.table("ENTR"), index.task_names
+    for number, task in enumerate(index.table("TASK")):
+        offsets = index.entry_offsets(number)
+        ids = index.task_targets(number)
+        for j, start in enumerate(offsets):
+            entry = entries[int(task["first_entry"]) + j]
+            length = int(entry["length"])
+            what = f"task {names[number]}, target {index.target_names[int(ids[j])]}"
+            yield _sum(index, 80, start, length, int(entry["crc"]), what), start + length
+            arrays = entry_arrays(index, int(entry["form"]), int(ids[j]))
+            for violation in _arrays(index, start, start + length, arrays, what):
+                yield violation, start + length
+    for kind, name, rule in (("BLOB", "private content", 82), ("free", "free extent", 83)):
+        for i, record in enumerate(index.table(kind)):
+            start, length = int(record["offset"]), int(record["length"])
+            yield _sum(index, rule, start, length, int(record["crc"]), f"{name} {i}"), start
+
+
+def entry_arrays(index: Index, form_id: int, target_id: int) -> list[tuple[int, int]]:
+    """Layout and row length of the four arrays of an entry (section 7.2)."""
+    form, target = index.table("FORM")[form_id], index.table("TARG")[target_id]
+    arrays = []
+    for f, side in (("a", "n_in"), ("b", "n_out")):
+        length = int(target[side])
+        width = length
+        if form["cluster"]:
+            frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
+            part = frame[f]
+            if part["rank"]:
+                groups = -(-length // int(part["group"]))
+                width = groups * (int(form["rank"]) if part["flags"] & 1 else 1)
+        arrays += [(int(form[f"coefficients_{f}"]), width), (int(form[f"residual_{f}"]), length)]
+    return arrays
+
+
+def _sum(
+    index: Index, rule: int, start: int, length: int, stored: int, what: str
+) -> Violation | None:
+    computed = check_sum(index.data, start, length, stored)
+    if computed is None:
+        return None
+    message = f"{what}: stored checksum is {stored:#010x}, computed {computed:#010x}"
+    return Violation(rule, start, message)
+
+
+def _arrays(
+    index: Index, start: int, end: int, arrays: list[tuple[int, int]], what: str
+) -> Iterator[Violation]:
+    """Padding, blocks and encodings of the runs between two offsets."""
+    position = start
+    for layout_id, row_length in arrays:
+        for code, count in index.layout_runs(layout_id):
+            encoding = ENCODINGS.get(code)
+            if encoding is None:
+                yield Violation(88, start, f"{what}: encoding {code:#04x} is not known")
+                return
+            if encoding.row_bytes is None:
+                try:
+                    length = encoding.run_bytes(index.data[position:end], count, row_length)
+                except RmmError as error:
+                    yield Violation(87, position, f"{what}: {error.message}")
+                    return
+            else:
+                length = count * encoding.row_bytes(row_length)
+                aligned = start + layout.ceil_to(
+                    position - start, layout.alignment(length, 1)
+                )
+                if any(index.data[position:aligned]):
+                    yield Violation(85, position, f"{what}: padding is not zero")
+                position = aligned
+            if position + length > end:
+                yield Violation(61, position, f"{what}: arrays end behind their extent")
+                return
+            fault = encoding.check(index.data[position : position + length], count, row_length)
+            if fault is not None:
+                rule = 86 if encoding.row_bytes is not None else 87
+                yield Violation(rule, position, f"{what}: {fault}")
+            position += length
+    if position != end:
+        yield Violation(61, start, f"{what}: arrays take {position - start} of {end - start} bytes")
+
+
+def _padding(index: Index) -> Iterator[Violation]:
+    """Zeros between extents and between the entries of a run."""
+    places, _ = extent_table(index)
+    position = layout.HEADER_LENGTH
+    for offset, length in places:
+        start = int(offset)
+        if any(index.data[position:start]):
+            yield Violation(72, position, f"bytes {position} to {start - 1} are not zero")
+        position = start + int(length)
+    for number, task in enumerate(index.table("TASK")):
+        position, first = int(task["offset"]), int(task["first_entry"])
+        for j, start in enumerate(index.entry_offsets(number)):
+            if any(index.data[position:start]):
+                yield Violation(85, position, f"padding before entry {first + j} is not zero")
+            position = start + int(index.table("ENTR")["length"][first + j])
+
+
+def parse_metadata(raw: bytes) -> dict[str, Any]:
+    """Parse metadata strictly (RMM-090).
+
+    Raises
+    ------
+    FormatError
+        Not one JSON object in UTF-8, duplicate keys, NaN or infinity, or nested too deep.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            raise FormatError("metadata has duplicate keys", rule="RMM-090")
+        return result
+
+    def constant(name: str) -> Any:
+        raise FormatError(f"metadata holds {name}", rule="RMM-090")
+
+    try:
+        text = raw.decode()
+        # Depth first, since the parser recurses: brackets outside of strings.
+        if _depth(text) > MAX_DEPTH:
+            raise FormatError(f"metadata is nested more than {MAX_DEPTH} deep", rule="RMM-090")
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"metadata is not JSON: {error}", rule="RMM-090") from None
+    if not isinstance(value, dict):
+        raise FormatError("metadata is not a JSON object", rule="RMM-090")
+    return value
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    in_string = escaped = False
+    for character in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == '"':
+                in_string = False
+        elif character == '"':
+            in_string = True
+        elif character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
+
+
+def check_metadata(index: Index) -> list[Violation]:
+    """RMM-090 and RMM-091."""
+    section = index.sections.get("meta")
+    raw = index.section_bytes("meta")
+    if section is None or raw is None:
+        return []
+    try:
+        value = parse_metadata(raw)
+    except FormatError as error:
+        return [Violation(90, section.offset, error.message)]
+    fault = _shape_fault(value)
+    return [] if fault is None else [Violation(91, section.offset, fault)]
+
+
+def _shape_fault(value: dict[str, Any]) -> str | None:
+    """What breaks the metadata schema; the schema itself is spec/metadata.schema.json."""
+    from rmmformat.format.metadata import fault
+
+    return fault(value)
+
+
+def _errors(index: Index) -> list[Violation]:
+    section = index.sections.get("erro")
+    if section is None:
+        return []
+    errors = index.table("erro")["error"]
+    if len(errors) != len(index.table("ENTR")):
+        message = f"{len(errors)} measured errors for {len(index.table('ENTR'))} entries"
+        return [Violation(92, section.offset, message)]
+    if np.any(errors < 0):
+        return [Violation(92, section.offset, "a measured error is negative")]
+    return []
+
+

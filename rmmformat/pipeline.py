@@ -1,0 +1,312 @@
+"""Many adapters to one file: sources in, a file and a report out.
+
+Streams one target at a time: memory is bounded by the largest target of all tasks, times the
+number of workers, whatever the size of the collection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmmformat._version import __version__
+from rmmformat.coding import CodedTarget, Method, code_target
+from rmmformat.converters.base import DEFAULTS, Options
+from rmmformat.converters.registry import collect
+from rmmformat.errors import RmmError
+from rmmformat.format.catalog import TargetKey
+from rmmformat.format.writer import Writer
+from rmmformat.merge.error import summarize
+from rmmformat.model import LedgerLine, SourceTask
+
+__all__ = ["ConvertReport", "Progress", "TaskReport", "convert", "open_sources", "parse_source"]
+
+#: Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+Source = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+    """One task's part in a conversion; errors are relative Frobenius errors of its deltas."""
+
+    name: str
+    n_targets: int
+    n_privates: int
+    original_bytes: int
+    mean_error: float
+    median_error: float
+    max_error: float
+    worst_target: str
+    ledger: tuple[LedgerLine, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion made.
+
+    Attributes
+    ----------
+    original_bytes
+        Bytes of all factors as stored by the sources.
+    factor_bytes
+        Bytes that the file has for them: shared parts and the tasks' own.
+    private_bytes
+        Bytes of private tensors, identical ones counted once.
+    file_bytes
+        Length of the file.
+    """
+
+    path: str
+    tasks: tuple[TaskReport, ...]
+    n_targets: int
+    original_bytes: int
+    factor_bytes: int
+    private_bytes: int
+    file_bytes: int
+
+    @property
+    def fraction(self) -> float:
+        """Factor bytes over the originals' factor bytes."""
+        return self.factor_bytes / self.original_bytes if self.original_bytes else 0.0
+
+
+def parse_source(text: Source) -> tuple[str | None, Path]:
+    """Split ``NAME=SOURCE``; a path that exists as it stands is taken whole."""
+    path = Path(text)
+    if isinstance(text, str) and "=" in text and not path.exists():
+        name, _, rest = text.partition("=")
+        if name and "/" not in name:
+            return name, Path(rest)
+    return None, path
+
+
+def open_sources(
+    sources: Source | Iterable[Source] | Mapping[str, Source],
+    *,
+    kind: str | None = None,
+    options: Options = DEFAULTS,
+) -> list[SourceTask]:
+    """Open sources as the tasks of one collection.
+
+    Parameters
+    ----------
+    sources
+        A path, several, ``NAME=PATH`` strings, or a mapping of names to paths.
+    kind
+        The format of all; detected where None.
+
+    Raises
+    ------
+    SourceError, UnsupportedError
+        A source cannot be read, or a collection cannot hold it.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [sources]
+    if isinstance(sources, Mapping):
+        pairs: list[tuple[str | None, Path]] = [(n, Path(p)) for n, p in sources.items()]
+    else:
+        pairs = [parse_source(source) for source in sources]
+    return collect(pairs, fmt=kind, options=options)
+
+
+def check_base(tasks: Sequence[SourceTask]) -> str:
+    """Id of the one base model of all tasks.
+
+    Raises
+    ------
+    RmmError
+        Tasks name different base models.
+    """
+    named = [task for task in tasks if task.base_model]
+    for task in named[1:]:
+        if task.base_model != named[0].base_model:
+            raise RmmError(
+                f"task {task.name!r} belongs to {task.base_model!r}, "
+                f"task {named[0].name!r} to {named[0].base_model!r}",
+                path=task.path,
+                hint="One file holds tasks of one base model; use --allow-base-mismatch if these "
+                "are two names of one model.",
+            )
+    return named[0].base_model if named else ""
+
+
+def convert(
+    sources: Source | Iterable[Source] | Mapping[str, Source] | Sequence[SourceTask],
+    path: Source,
+    method: Method,
+    *,
+    kind: str | None = None,
+    options: Options = DEFAULTS,
+    overwrite: bool = False,
+    allow_base_mismatch: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write many adapters as one file.
+
+    Parameters
+    ----------
+    sources
+        As :func:`open_sources` takes them, or tasks that are open already.
+    path
+        The file to write; it appears whole or not at all.
+    method
+        How factors are kept.
+    kind, options
+        For opening the sources.
+    overwrite
+        Replace an existing file.
+    allow_base_mismatch
+        Take tasks that name different base models.
+    executor
+        Where targets are coded; here and one after the other by default.  The file is the same.
+    progress
+        Called as the work goes on.
+
+    Raises
+    ------
+    SourceError, UnsupportedError, LossyConversionError, RmmError
+        As the sources, the container and the method have it; nothing is left behind.
+    """
+    tasks = _tasks(sources, kind, options)
+    base = _first_base(tasks) if allow_base_mismatch else check_base(tasks)
+    by_target = _group(tasks)
+    errors: dict[str, dict[str, float]] = {task.name: {} for task in tasks}
+    with Writer(path, overwrite=overwrite) as writer:
+        for task in tasks:
+            writer.add_task(task.name)
+        done = 0
+        for key, members, coded in _coded(method, by_target, executor):
+            clusters = [writer.add_frame(key, a, b) for a, b in coded.frames]
+            for task, entry in zip(members, coded.entries, strict=True):
+                if entry.cluster:
+                    entry = dataclasses.replace(entry, cluster=clusters[entry.cluster - 1])
+                writer.add_entry(task.name, key, entry)
+                errors[task.name][key.name] = entry.error
+            done += 1
+            if progress is not None:
+                progress("targets", done, len(by_target))
+        for done, task in enumerate(tasks, 1):
+            for name, info in task.privates.items():
+                writer.add_private(task.name, name, info, task.private_tensor(name))
+            if progress is not None:
+                progress("private tensors", done, len(tasks))
+        metadata = _metadata(tasks, base, method, errors)
+        file_bytes = writer.finish(metadata)
+        factor_bytes, private_bytes = writer.factor_bytes, writer.private_bytes
+    reports = tuple(_task_report(task, errors[task.name]) for task in tasks)
+    return ConvertReport(
+        os.fspath(path),
+        tuple(sorted(reports, key=lambda report: report.name.encode())),
+        len(by_target),
+        sum(report.original_bytes for report in reports),
+        factor_bytes,
+        private_bytes,
+        file_bytes,
+    )
+
+
+def _tasks(sources: Any, kind: str | None, options: Options) -> list[SourceTask]:
+    if isinstance(sources, Sequence) and sources and hasattr(sources[0], "factors"):
+        return list(sources)
+    return open_sources(sources, kind=kind, options=options)
+
+
+def _first_base(tasks: Sequence[SourceTask]) -> str:
+    return next((task.base_model for task in tasks if task.base_model), "")
+
+
+def _group(tasks: Sequence[SourceTask]) -> dict[TargetKey, list[SourceTask]]:
+    """Tasks by target; targets of one name and different shapes stay apart."""
+    grouped: dict[TargetKey, list[SourceTask]] = {}
+    for task in sorted(tasks, key=lambda task: task.name.encode()):
+        for name, info in task.targets.items():
+            grouped.setdefault(TargetKey(name, info.shape), []).append(task)
+    return dict(sorted(grouped.items(), key=lambda item: item[0].sort_key()))
+
+
+def _coded(
+    method: Method,
+    by_target: Mapping[TargetKey, list[SourceTask]],
+    executor: Executor | None,
+) -> Iterable[tuple[TargetKey, list[SourceTask], CodedTarget]]:
+    """Code every target; with an executor a few are under way at once, never all."""
+    if executor is None:
+        for key, members in by_target.items():
+            yield key, members, code_target(method, [task.factors(key.name) for task in members])
+        return
+    ahead = 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
+    running: dict[Future[CodedTarget], TargetKey] = {}
+    waiting = iter(by_target)
+    exhausted = False
+    try:
+        while running or not exhausted:
+            while not exhausted and len(running) < ahead:
+                key = next(waiting, None)
+                if key is None:
+                    exhausted = True
+                    break
+                factors = [task.factors(key.name) for task in by_target[key]]
+                running[executor.submit(code_target, method, factors)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                yield key, by_target[key], future.result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _metadata(
+    tasks: Sequence[SourceTask],
+    base: str,
+    method: Method,
+    errors: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    configs = sorted({task.config_text for task in tasks if task.config_text})
+    described = {}
+    for task in tasks:
+        entry: dict[str, Any] = {
+            "factor_bytes": sum(info.n_bytes for info in task.targets.values()),
+            "files": [dataclasses.asdict(file) for file in task.files],
+        }
+        if task.config_text:
+            entry["config"] = configs.index(task.config_text)
+        measured = [error for error in errors[task.name].values() if np.isfinite(error)]
+        if measured:
+            summary = summarize(measured)
+            entry["error"] = {
+                "mean": float(summary.mean),
+                "median": float(summary.median),
+                "max": float(summary.max),
+            }
+        described[task.name] = entry
+    return {
+        "producer": f"rmmformat {__version__}",
+        "base_model": {"id": base} if base else {},
+        "method": method.describe(),
+        "configs": configs,
+        "tasks": described,
+    }
+
+
+def _task_report(task: SourceTask, errors: Mapping[str, float]) -> TaskReport:
+    summary = summarize(errors.values()) if errors else None
+    worst = max(errors, key=lambda name: errors[name]) if errors else ""
+    return TaskReport(
+        task.name,
+        len(errors),
+        len(task.privates),
+        sum(info.n_bytes for info in task.targets.values()),
+        summary.mean if summary else 0.0,
+        summary.median if summary else 0.0,
+        summary.max if summary else 0.0,
+        worst,
+        task.ledger,
+    )
