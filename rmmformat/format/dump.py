@@ -104,10 +104,8 @@ def dump_fields(index: Index, limit: int | None = None) -> Iterator[Field]:
 def _extents(index: Index, limit: int | None) -> Iterator[Field]:
     from rmmformat.format.rules import extent_table
 
-    places, kinds = extent_table(index)
-    for (offset, length), kind in zip(places, kinds, strict=True):
+    for start, size, kind, _ in extent_table(index):
         if kind != "index":
-            start, size = int(offset), int(length)
             shown = size if limit is None else min(size, limit * 16)
             raw = bytes(index.data[start : start + shown])
             rule = {"frame": "RMM-081", "task": "RMM-080", "blob": "RMM-082", "free": "RMM-083"}

@@ -238,8 +238,8 @@ _BY_NAME = {encoding.name: encoding for encoding in ENCODINGS.values()}
 _BY_NAME |= {"q4": _BY_NAME["q4_0"], "q8": _BY_NAME["q8_0"]}
 
 
-def by_code(code: int) -> Encoding:
-    """Encoding of a code.
+def by_code(code: int, offset: int | None = None) -> Encoding:
+    """Encoding of a code; `offset` is where it is used, for the message.
 
     Raises
     ------
@@ -252,6 +252,7 @@ def by_code(code: int) -> Encoding:
         raise UnsupportedError(
             f"encoding {code:#04x} is not known to this version",
             rule="RMM-088",
+            offset=offset,
             hint="A newer rmmformat may read it.",
         ) from None
 

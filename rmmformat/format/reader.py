@@ -201,9 +201,9 @@ class Index:
         return offsets
 
     def section_bytes(self, name: str) -> bytes | None:
-        """Decoded bytes of a section, or None where it is absent."""
+        """Decoded bytes of a section, or None where it is absent or has no records."""
         section = self.sections.get(name)
-        if section is None:
+        if section is None or section.count == 0:
             return None
         raw = bytes(self.data[section.offset : section.offset + section.length])
         if section.coding == 0:

@@ -57,10 +57,12 @@ def sum_terms(
         for direction, numbers in zip(basis, coefficients, strict=True):
             weight = numbers.reshape(rank if row_mixing else 1, n_groups)[:, spread]
             rows = direction if row_mixing else direction[:rank]
-            product = np.broadcast_to(weight * rows, (rank, length))
-            total = product.copy() if total is None else total + product
+            with np.errstate(over="ignore", invalid="ignore"):  # stored infinities are legal
+                product = np.broadcast_to(weight * rows, (rank, length))
+                total = product.copy() if total is None else total + product
     if residual is not None:
-        total = residual if total is None else total + residual
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = residual if total is None else total + residual
     return np.zeros((rank, length), np.float32) if total is None else total
 
 
@@ -85,7 +87,7 @@ def read_arrays(
     for layout_id, row_length in arrays:
         rows = []
         for code, count in index.layout_runs(layout_id):
-            row_bytes = by_code(code).row_bytes
+            row_bytes = by_code(code, start).row_bytes
             if row_bytes is None:
                 raise FormatError(f"encoding {code:#04x} has no size", rule="RMM-087", offset=start)
             n_bytes = count * row_bytes(row_length)

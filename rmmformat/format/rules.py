@@ -30,12 +30,11 @@ def header(index: Index) -> Broken:
     data = index.data
     if len(data) < layout.HEADER_LENGTH:
         start = bytes(data[: len(layout.SIGNATURE)])
-        if start != layout.SIGNATURE[: len(start)] or not start:
+        if start != layout.SIGNATURE:
             yield Violation(1, 0, f"file starts with {start.hex(' ') or 'nothing'}")
         else:
-            yield Violation(
-                13, len(data), f"file has {len(data)} bytes, a header {layout.HEADER_LENGTH}"
-            )
+            n_bytes = len(data)
+            yield Violation(13, n_bytes, f"file has {n_bytes} bytes, a header 640")
         return
     preamble = np.frombuffer(data[: layout.PREAMBLE.itemsize], layout.PREAMBLE)[0]
     if bytes(data[:8]) != layout.SIGNATURE:
@@ -177,7 +176,7 @@ def section_table(index: Index) -> Broken:
 
 def _section_content(index: Index, section: Section, record_size: int, at: int) -> Broken:
     known = layout.RECORDS.get(section.type)
-    minimum = 1 if known is None else known.itemsize
+    minimum = 0 if known is None else known.itemsize
     n_bytes = section.count * record_size
     if record_size < minimum or (index.minor == 0 and known and record_size != minimum):
         yield Violation(
@@ -227,6 +226,8 @@ def names(index: Index) -> Broken:
     if section is None:
         return
     raw = bytes(index.data[section.offset : section.offset + section.length])
+    if not raw:
+        return
     if not raw.endswith(b"\0"):
         yield Violation(30, section.offset, "the last string does not end in a NUL byte")
         return
@@ -394,7 +395,10 @@ def frames(index: Index) -> Broken:
                     yield Violation(37, at, f"frame {i}: reserved field is not zero")
                     return
                 continue
-            yield from _part(index, part, row_length, at, i)
+            broken = list(_part(index, part, row_length, at, i))
+            yield from broken
+            if broken:
+                return
             if position is not None:
                 position = array_length(index, position, int(part["mean"]), row_length)
             if position is not None:
@@ -578,35 +582,36 @@ def privates(index: Index) -> Broken:
             return
 
 
-def extent_table(index: Index) -> tuple[npt.NDArray[np.uint64], list[str]]:
-    """(n, 2) offset and length of every extent, in order of offset, and what each is."""
-    rows: list[tuple[int, int, str]] = []
+def extent_table(index: Index) -> list[tuple[int, int, str, int]]:
+    """Offset and length of every extent, what it is, and where the index says so; by offset."""
+    rows: list[tuple[int, int, str, int]] = []
     for kind, name in (("FRAM", "frame"), ("TASK", "task"), ("BLOB", "blob"), ("free", "free")):
         table = index.table(kind)
         rows += [
-            (int(record["offset"]), int(record["length"]), f"{name} {i}")
+            (
+                int(record["offset"]),
+                int(record["length"]),
+                f"{name} {i}",
+                index.table_offset(kind, i),
+            )
             for i, record in enumerate(table)
             if record["length"]
         ]
     active = index.active
-    rows.append((int(active["index_offset"]), int(active["index_length"]), "index"))
-    rows.sort(key=lambda row: (row[0], row[1]))
-    places = np.array([row[:2] for row in rows], np.uint64)
-    return places, [row[2] for row in rows]
+    slot = next(slot.offset for slot in index.slots if slot.record is active)
+    rows.append((int(active["index_offset"]), int(active["index_length"]), "index", slot + 24))
+    return sorted(rows)
 
 
 def extents(index: Index) -> Broken:
     """Extents: alignment, order, no overlap, no holes (section 7)."""
-    places, kinds = extent_table(index)
-    at = int(index.active["index_offset"])
     for i, length in enumerate(index.table("free")["length"]):
         if length == 0:
             offset = index.table_offset("free", i)
             yield Violation(71, offset, f"free extent {i} is empty")
             return
     position = layout.HEADER_LENGTH
-    for (raw_offset, raw_length), kind in zip(places, kinds, strict=True):
-        offset, length = int(raw_offset), int(raw_length)
+    for offset, length, kind, at in extent_table(index):
         if offset < position or offset + length > index.file_length:
             yield Violation(
                 71, at, f"{kind} at {offset} of {length} bytes overlaps another or leaves the file"

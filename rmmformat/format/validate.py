@@ -175,8 +175,8 @@ def _arrays(
                 aligned = start + layout.ceil_to(
                     position - start, layout.alignment(length, 1)
                 )
-                if any(index.data[position:aligned]):
-                    yield Violation(85, position, f"{what}: padding is not zero")
+                if (at := _first_nonzero(index, position, min(aligned, end))) is not None:
+                    yield Violation(85, at, f"{what}: padding is not zero")
                 position = aligned
             if position + length > end:
                 yield Violation(61, position, f"{what}: arrays end behind their extent")
@@ -190,20 +190,26 @@ def _arrays(
         yield Violation(61, start, f"{what}: arrays take {position - start} of {end - start} bytes")
 
 
+def _first_nonzero(index: Index, start: int, end: int) -> int | None:
+    """Offset of the first byte that is not zero; ranges of padding are short."""
+    for offset in range(start, end):
+        if index.data[offset]:
+            return offset
+    return None
+
+
 def _padding(index: Index) -> Iterator[Violation]:
     """Zeros between extents and between the entries of a run."""
-    places, _ = extent_table(index)
     position = layout.HEADER_LENGTH
-    for offset, length in places:
-        start = int(offset)
-        if any(index.data[position:start]):
-            yield Violation(72, position, f"bytes {position} to {start - 1} are not zero")
-        position = start + int(length)
+    for start, length, _, _ in extent_table(index):
+        if (at := _first_nonzero(index, position, start)) is not None:
+            yield Violation(72, at, f"padding before {start} is not zero")
+        position = start + length
     for number, task in enumerate(index.table("TASK")):
         position, first = int(task["offset"]), int(task["first_entry"])
         for j, start in enumerate(index.entry_offsets(number)):
-            if any(index.data[position:start]):
-                yield Violation(85, position, f"padding before entry {first + j} is not zero")
+            if (at := _first_nonzero(index, position, start)) is not None:
+                yield Violation(85, at, f"padding before entry {first + j} is not zero")
             position = start + int(index.table("ENTR")["length"][first + j])
 
 
@@ -284,7 +290,7 @@ def _shape_fault(value: dict[str, Any]) -> str | None:
 
 def _errors(index: Index) -> list[Violation]:
     section = index.sections.get("erro")
-    if section is None:
+    if section is None or section.count == 0:
         return []
     errors = index.table("erro")["error"]
     if len(errors) != len(index.table("ENTR")):

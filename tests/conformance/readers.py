@@ -196,9 +196,79 @@ class NativeReader:
         return [(f"RMM-{v.rule:03d}", v.offset) for v in self._native.validate_bytes(data)]
 
 
-# The Python reader, rmmformat.format: its adapter goes here, and into ADAPTERS.
+class PythonReader:
+    """The Python reader, `rmmformat.format`."""
+
+    name = "python"
+    exact = False
+
+    def __init__(self) -> None:
+        self._reader = importlib.import_module("rmmformat.format.reader")
+        self._restore = importlib.import_module("rmmformat.format.restore")
+        self._checks = importlib.import_module("rmmformat.format.validate")
+        self._errors = importlib.import_module("rmmformat.errors")
+
+    def _refusal(self, error: Any) -> Refusal:
+        unsupported = isinstance(error, self._errors.UnsupportedError)
+        return Refusal(error.rule, error.offset, "unsupported" if unsupported else "malformed")
+
+    def _refusals(self) -> tuple[type[Exception], ...]:
+        return (self._errors.FormatError, self._errors.UnsupportedError)
+
+    def open(self, data: bytes) -> Any:
+        try:
+            return self._reader.read_index(data)
+        except self._refusals() as error:
+            raise self._refusal(error) from error
+
+    def tasks(self, opened: Any) -> list[str]:
+        return list(opened.task_names)
+
+    def load(self, opened: Any, task: str) -> TaskValues:
+        number = opened.find_task(task)
+        record = opened.table("TASK")[number]
+        entries = []
+        for position, target_id in enumerate(opened.task_targets(number)):
+            entry = opened.table("ENTR")[int(record["first_entry"]) + position]
+            form, target = opened.table("FORM")[entry["form"]], opened.table("TARG")[target_id]
+            try:
+                A, B = self._restore.entry_factors(opened, number, position)
+            except self._refusals() as error:
+                raise self._refusal(error) from error
+            entries.append(
+                EntryValues(
+                    opened.target_names[target_id], int(target["n_in"]), int(target["n_out"]),
+                    int(target["kind"]), bool(target["flags"] & 1),
+                    tuple(int(size) for size in target["kernel"] if size), int(form["rank"]),
+                    float(form["scale"]), (int(form["dtype_a"]), int(form["dtype_b"])), A, B,
+                )
+            )  # fmt: skip
+        first, count = int(record["first_private"]), int(record["n_privates"])
+        privates = []
+        for item in opened.table("PRIV")[first : first + count]:
+            dims = opened.table("DIMS")["dim"]
+            shape = tuple(
+                int(dim)
+                for dim in dims[int(item["first_dim"]) : int(item["first_dim"] + item["n_dims"])]
+            )
+            blob = opened.table("BLOB")[item["blob"]]
+            start = int(blob["offset"])
+            content = bytes(opened.data[start : start + int(blob["length"])])
+            name = opened.strings[item["name"]]
+            privates.append(
+                PrivateValue(name, int(item["dtype"]), int(item["role"]), shape, content)
+            )
+        return TaskValues(entries, privates)
+
+    def metadata(self, opened: Any) -> Any:
+        raw = opened.section_bytes("meta")
+        return None if raw is None else self._checks.parse_metadata(raw)
+
+    def validate(self, data: bytes) -> list[tuple[str, int]]:
+        return [(v.id, v.offset) for v in self._checks.validate_bytes(data).violations]
+
 
 #: Classes of adapters; one whose reader cannot be imported is skipped, with the reason.
-ADAPTERS: tuple[type[Any], ...] = (ReferenceReader, NativeReader)
+ADAPTERS: tuple[type[Any], ...] = (ReferenceReader, PythonReader, NativeReader)
 #: Rules that need a JSON parser, which these readers do without.
 WITHOUT_METADATA = {"native"}
