@@ -16,6 +16,7 @@ import re
 import struct
 import sys
 import zlib
+from array import array as integers
 from bisect import bisect_right
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -104,12 +105,15 @@ def q_decode(bits: int) -> Callable[[bytes, int], F32]:
 
 
 class Encoding(NamedTuple):
-    """A row of the table in 8.2; one without ``row_bytes`` is not fixed-size."""
+    """A row of the table in 8.2: fixed-size with the first two functions, else with the third."""
 
     name: str
-    row_bytes: Callable[[int], int] | None
-    decode: Callable[[bytes, int], F32]  # the bytes of one row and its length n
+    row_bytes: Callable[[int], int] | None  # of the row's length n
+    decode: Callable[[bytes, int], F32] | None  # of the bytes of one row and n
     bits: int = 0  # of a quantised value
+    # Of the bytes from the run on, the number of rows and n: bytes taken, and the rows, where None
+    # is a row of zeros. ValueError if the run is not well formed (RMM-087).
+    run: Callable[[bytes, int, int], tuple[int, list[F32 | None]]] | None = None
 
 
 def _quantised(name: str, bits: int) -> Encoding:
@@ -119,6 +123,95 @@ def _quantised(name: str, bits: int) -> Encoding:
 def _bf16(raw: bytes, n: int) -> F32:  # noqa: ARG001
     """8.2: "the upper half of a binary32"."""
     return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+# --- The trellis encoding (8.3) ------------------------------------------------------------------
+
+STEPS = "3f800000 3f6ac0c7 3f5744fd 3f45672a 3f3504f3 3f25fed7 3f1837f0 3f0b95c2"
+FAMILIES = (
+    """04b0556e 08dc431a 0f218de0 17bb0546 22a55547 2fa05396 3e3ce5f8 4df14256
+    5e2d58d9 6e6b3af7 7e39bff0 8d418996 9b4597e3 a820ecbf b3c2a029 be29706c
+    c75f7cf5 cf768ba8 d684ff71 dca38252 e1eb5127 e6750e8b ea5800a6 eda99fd4
+    f07d5fde f2e4a20a f4eec215 f6a93407 f81fab54 f95c4650 fa67ba65 fb497ef1""",
+    """0f218de0 1322754c 17bb0546 1ce8c54d 22a55547 28e6cfbb 2fa05396 36c2a71d
+    3e3ce5f8 45fd2e33 4df14256 56071975 5e2d58d9 6653b528 6e6b3af7 76668014
+    7e39bff0 85dae60a 8d418996 9466dd83 9b4597e3 a1d9d354 a820ecbf ae195f50
+    b3c2a029 b91cfafe be29706c c2e996ae c75f7cf5 cb8d91ae cf768ba8 d31d561d""",
+)
+
+
+def trellis_table(number: int) -> tuple[int, list[int], list[int]]:
+    """8.3 *Tables*: "A table number gives b raw bits and frequencies f[0 … Q]"."""
+    family, i = number >> 7, (number & 127) - 1
+    b = 0 if i < 32 else (i - 32) // 8 + 1
+    t = r = int(FAMILIES[family].split()[i - 8 * b], 16)
+    g = [2**32]
+    while (x := (g[-1] * t) >> 32) >= 2**18:
+        g.append(x)
+        t = t if family else (t * r) >> 32
+    room = 4096 - len(g) - 1
+    f = [1 + x * room // sum(g) for x in g] + [1]
+    f[0] += 4096 - sum(f)
+    return b, f, [sum(f[:q]) for q in range(len(f))]
+
+
+def trellis_run(data: bytes, k: int, n: int) -> tuple[int, list[F32 | None]]:
+    """8.3: "A run of trellis codes k rows of n values"; well formed as RMM-087 asks."""
+
+    def need(holds: bool, text: str) -> None:
+        if not holds:
+            raise ValueError(text)
+
+    ends = [i for i, byte in enumerate(data[:5]) if byte < 128]
+    need(bool(ends), "length has no end")
+    start = ends[0] + 1
+    length = sum((byte & 127) << 7 * i for i, byte in enumerate(data[:start]))
+    need((start == 1 or data[start - 1] > 0) and length < 2**32, "length is not in shortest form")
+    need(start + length <= len(data) and length >= 2 + k, f"length {length}")
+    base, numbers = struct.unpack_from("<H", data, start)[0], data[start + 2 : start + 2 + k]
+    need(all(x == 0 or 1 <= x & 127 <= 112 for x in numbers) and any(numbers), "row bytes")
+    n_symbols = n * (k - numbers.count(0))
+    lanes = 1 if n_symbols < 2**14 else 4 if n_symbols < 2**16 else 16
+    n_words = (length - 2 - k - 4 * lanes) // 2
+    need(length == 2 + k + 4 * lanes + 2 * n_words and n_words >= 0, f"length {length}")
+    x = list(struct.unpack_from(f"<{lanes}I", data, start + 2 + k))
+    need(min(x) >= 2**16, "initial state")
+    words = iter(struct.unpack_from(f"<{n_words}H", data, start + length - 2 * n_words))
+    mode, step = base >> 15, float(np.uint32((base & 0x7FFF) << 16).view(np.float32))
+    shrink = max(-(-((y & 127) - 1) // 8) for y in numbers if y)  # max of ceil(i / 8)
+    need(1 + mode * shrink <= base >> 7 & 255 <= 230, "base step")
+    s, rows = [0] * lanes, []
+
+    def word() -> int:
+        found = next(words, -1)
+        need(found >= 0, "a word behind the last")
+        return found
+
+    for number in numbers:
+        if number == 0:
+            rows.append(None)
+            continue
+        b, f, cum = trellis_table(number)
+        m = integers("i")
+        for p in range(n):
+            lane = p % lanes
+            y, slot = x[lane], x[lane] % 4096
+            q = bisect_right(cum, slot) - 1
+            y = f[q] * (y >> 12) + slot - cum[q]
+            y = y if y >= 2**16 else y << 16 | word()
+            j = q if q < len(f) - 1 else q + word()
+            if b:
+                j, y = j << b | y % 2**b, y >> b
+                y = y if y >= 2**16 else y << 16 | word()
+            need(j < 2**23, "a value is too large")
+            m.append(-(2 * j + 1) if (s[lane] ^ j) & 1 else 2 * j + 1)
+            feedback = (0xA6 if s[lane] & 1 else 0) ^ (0x79 if j + 1 & 2 else 0)
+            x[lane], s[lane] = y, s[lane] >> 1 ^ feedback
+        i = (number & 127) - 1
+        c = float(np.uint32(int(STEPS.split()[i % 8], 16)).view(np.float32)) * 2.0 ** -(i // 8)
+        rows.append(np.array(m, np.float32) * np.float32(step * (c if mode else 1.0)))
+    need(next(words, None) is None and all(y == 2**16 for y in x), "words or states are left")
+    return start + length, rows
 
 
 ENCODINGS = {
@@ -138,6 +231,7 @@ ENCODINGS = {
     0x16: _quantised("q6", 6),
     0x17: _quantised("q7", 7),
     0x18: _quantised("q8_0", 8),
+    0x20: Encoding("trellis", None, None, run=trellis_run),
 }
 
 # --- Tables (6.1): record layouts in the order of the fields ------------------------------------
@@ -186,23 +280,6 @@ DTYPES = {
 }  # fmt: skip
 
 
-class Array:
-    """7.2: "An array is its runs in order"; here with the place of each run in the payload."""
-
-    def __init__(self, payload: bytes, n: int) -> None:
-        self.payload, self.n = payload, n
-        self.firsts: list[int] = []
-        self.runs: list[tuple[int, int, Encoding, int]] = []  # position, count, encoding, n_bytes
-
-    def row(self, i: int) -> F32:
-        at = bisect_right(self.firsts, i) - 1
-        position, _, encoding, _ = self.runs[at]
-        assert encoding.row_bytes is not None
-        size = encoding.row_bytes(self.n)
-        position += (i - self.firsts[at]) * size
-        return encoding.decode(self.payload[position : position + size], self.n)
-
-
 class Member(NamedTuple):
     """What a task stores at one target (term *entry*), with its place in the file."""
 
@@ -214,8 +291,40 @@ class Member(NamedTuple):
     frame: int | None  # id
 
 
+class Run(NamedTuple):
+    """A run with its place in the payload; decoded, if it is not fixed-size."""
+
+    first: int  # number of its first row in the array
+    position: int
+    n_bytes: int
+    count: int
+    encoding: Encoding
+    rows: list[F32 | None] | None
+
+
+class Array:
+    """7.2: "An array is its runs in order"."""
+
+    def __init__(self, payload: bytes, n: int) -> None:
+        self.payload, self.n = payload, n
+        self.runs: list[Run] = []
+
+    def row(self, i: int) -> F32:
+        run = self.runs[bisect_right(self.runs, i, key=lambda run: run.first) - 1]
+        if run.encoding.decode is None:
+            row = run.rows[i - run.first] if run.rows else None
+            return np.zeros(self.n, np.float32) if row is None else row
+        size = run.n_bytes // run.count
+        position = run.position + (i - run.first) * size
+        return run.encoding.decode(self.payload[position : position + size], self.n)
+
+
 class Collection:
-    """The checked index of a file; payload is decoded by ``load``."""
+    """The checked index of a file; payload is decoded by `load`.
+
+    With a list to fill, broken rules are listed there, up to the first step that finds the file
+    unusable; without one, the first broken rule refuses the file.
+    """
 
     def __init__(self, data: bytes, listing: list[tuple[str, int, str]] | None) -> None:
         self.data, self.listing, self.usable = data, listing, True
@@ -234,23 +343,25 @@ class Collection:
             if self.usable:
                 step()
 
-    # A broken "open" or "load" rule refuses the file, or is listed and ends the listing with this
-    # step; "validate" rules are only listed.
+    def need(self, holds: bool, rule: str, at: int, text: str, status: str = "malformed") -> bool:
+        """Check a rule that is marked "open"."""
+        if not holds and self.listing is None:
+            raise Refused(rule, at, text, status)
+        if not holds and self.listing is not None:
+            self.usable = False
+            self.listing.append((rule, at, text))
+        return holds
 
-    def broken(self, rule: str, offset: int, message: str, status: str = "malformed") -> None:
-        if self.listing is None:
-            raise Refused(rule, offset, message, status)
-        self.usable = False
-        self.listing.append((rule, offset, message))
+    def note(self, holds: bool, rule: str, at: int, text: str) -> bool:
+        """Check a rule that is marked "validate"."""
+        if not holds and self.listing is not None:
+            self.listing.append((rule, at, text))
+        return holds
 
-    def note(self, rule: str, offset: int, message: str) -> None:
-        if self.listing is not None:
-            self.listing.append((rule, offset, message))
-
-    def zeros(self, start: int, end: int) -> int | None:
-        """Return the offset of the first byte in the range that is not zero."""
+    def spare(self, start: int, end: int) -> int:
+        """Return the offset of the first byte in the range that is not zero, or -1."""
         found = re.search(rb"[^\0]", self.data[start:end])
-        return None if found is None else start + found.start()
+        return -1 if found is None else start + found.start()
 
     def at(self, table: str, i: int) -> int:
         """Return the offset of a record; of the section, where the section is deflated."""
@@ -263,23 +374,18 @@ class Collection:
 
     def preamble(self) -> None:
         """5.1, RMM-001 to RMM-005."""
-        data = self.data
-        if data[:8] != SIGNATURE:
-            return self.broken("RMM-001", 0, "no signature")
-        if len(data) < 640:  # no file_length can be smaller (RMM-016)
-            return self.broken("RMM-013", len(data), f"the header is 640 bytes, not {len(data)}")
+        data, n = self.data, len(self.data)
+        if not self.need(data[:8] == SIGNATURE, "RMM-001", 0, "no signature"):
+            return
+        if not self.need(n >= 640, "RMM-013", n, f"the header has 640 bytes, the file {n}"):
+            return  # no file_length can be smaller (RMM-016)
         major, self.minor, features = struct.unpack_from("<HHI", data, 8)
-        if major != 1:
-            self.broken("RMM-002", 8, f"major version {major}, not 1", "unsupported")
-        if features:
-            self.broken("RMM-003", 12, f"features {features:#x}, not 0", "unsupported")
-        if crc32c(data[:60]) != struct.unpack_from("<I", data, 60)[0]:
-            self.broken("RMM-004", 60, "wrong crc of the preamble")
-        for start, end in ((16, 60), (192, 512)):
-            spare = self.zeros(start, end)
-            if spare is not None:
-                self.broken("RMM-005", spare, "reserved byte is not zero")
-        return None
+        self.need(major == 1, "RMM-002", 8, f"major version {major}", "unsupported")
+        self.need(features == 0, "RMM-003", 12, f"features {features:#x}", "unsupported")
+        crc = struct.unpack_from("<I", data, 60)[0]
+        self.need(crc32c(data[:60]) == crc, "RMM-004", 60, "wrong crc of the preamble")
+        for spare in (self.spare(16, 60), self.spare(192, 512)):
+            self.need(spare < 0, "RMM-005", spare, "reserved byte is not zero")
 
     def slots(self) -> None:
         """5.2: "The active slot is the valid slot with the larger sequence" (RMM-010 to 012)."""
@@ -287,38 +393,38 @@ class Collection:
         for base, parity in ((64, 1), (512, 0)):
             raw = self.data[base : base + 128]
             slot = Slot._make(struct.unpack("<6QII68sI", raw))
+            if not any(raw):
+                continue  # empty
             if crc32c(raw[:124]) != slot.crc:
-                damaged += [("RMM-012", base, "damaged slot: wrong crc")] if any(raw) else []
+                damaged.append(("RMM-012", base, "damaged slot: wrong crc"))
             elif slot.sequence == 0 or slot.sequence % 2 != parity:
                 damaged.append(("RMM-011", base, f"damaged slot: sequence {slot.sequence}"))
             else:
                 valid.append((slot, base))
-                if any(slot.unused) and self.minor == 0:
-                    self.note("RMM-015", base + 56, "unused byte is not zero")
-        if not valid:  # a right crc shows that the sequence is at fault
+                unused = self.minor == 0 and any(slot.unused)
+                self.note(not unused, "RMM-015", base + 56, "unused byte is not zero")
+        if valid:
+            self.slot, self.base = max(valid)
+            for fault in damaged:
+                self.note(False, *fault)
+        else:  # a right crc shows that the sequence is at fault
             at_fault = [fault for fault in damaged if fault[0] == "RMM-011"]
-            return self.broken(*(at_fault or [("RMM-010", 64, "no valid slot")])[0])
-        for fault in damaged:
-            self.note(*fault)
-        self.slot, self.base = max(valid)
-        return None
+            self.need(False, *(at_fault or [("RMM-010", 64, "no valid slot")])[0])
 
     def index(self) -> None:
         """5.2 and 6, RMM-013 to RMM-017."""
-        slot, base = self.slot, self.base
-        if slot.file_length > len(self.data):
-            self.broken("RMM-013", base + 8, f"{slot.file_length} bytes cut to {len(self.data)}")
-        if slot.growth_limit < max(slot.file_length, len(self.data)):
-            self.broken("RMM-014", base + 16, f"growth_limit {slot.growth_limit} is too small")
-        size = slot.section_record_size
-        if size < 40 or size % 8 or (self.minor == 0 and size != 40):
-            self.broken("RMM-017", base + 48, f"section_record_size {size}")
-        if slot.index_offset % 8 or slot.index_offset < 640:
-            self.broken("RMM-016", base + 24, f"index at {slot.index_offset}")
-        if slot.index_offset + slot.index_length > slot.file_length:
-            self.broken("RMM-016", base + 32, "the index ends behind file_length")
-        if slot.n_sections * size > slot.index_length:
-            self.broken("RMM-016", base + 40, f"no room for {slot.n_sections} section records")
+        slot, base, n, size = self.slot, self.base, len(self.data), self.slot.section_record_size
+        end, limit = slot.file_length, slot.growth_limit
+        self.need(end <= n, "RMM-013", base + 8, f"{end} bytes, cut to {n}")
+        self.need(limit >= max(end, n), "RMM-014", base + 16, f"growth_limit {limit}")
+        fits = size >= 40 and size % 8 == 0 and (size == 40 or self.minor > 0)
+        self.need(fits, "RMM-017", base + 48, f"section_record_size {size}")
+        fits = slot.index_offset % 8 == 0 and slot.index_offset >= 640
+        self.need(fits, "RMM-016", base + 24, f"index at {slot.index_offset}")
+        fits = slot.index_offset + slot.index_length <= end
+        self.need(fits, "RMM-016", base + 32, "the index ends behind file_length")
+        fits = slot.n_sections * size <= slot.index_length
+        self.need(fits, "RMM-016", base + 40, f"no room for {slot.n_sections} section records")
 
     # --- 6 Index ---
 
@@ -327,64 +433,55 @@ class Collection:
         slot, size = self.slot, self.slot.section_record_size
         start, end = slot.index_offset, slot.index_offset + slot.index_length
         position = start + slot.n_sections * size
-        if crc32c(self.data[start:position]) != slot.section_table_crc:
-            return self.broken("RMM-020", start, "wrong crc of the section table")
+        right = crc32c(self.data[start:position]) == slot.section_table_crc
+        if not self.need(right, "RMM-020", start, "wrong crc of the section table"):
+            return
         for at in range(start, position, size):
-            section = Section._make(struct.unpack_from("<4sIQQQII", self.data, at))
-            name = section.type.decode("latin-1")
-            if not re.fullmatch("[A-Za-z]{4}", name) or name in self.sections:
-                self.broken("RMM-022", at, f"section type {name!r}")
-            critical, n_bytes = name[0].isupper(), section.count * section.record_size
-            if critical and name not in SIZES:
-                self.broken("RMM-023", at, f"unknown critical section {name!r}", "unsupported")
-            least = SIZES.get(name, 0)
-            exact = name in SIZES and (self.minor == 0 or name in ("STRS", "meta"))
-            if section.record_size < least or (exact and section.record_size != least):
-                self.broken("RMM-024", at, f"{name}: record_size {section.record_size}")
-            if section.coding == 0 and section.length != n_bytes:
-                self.broken("RMM-024", at, f"{name}: {section.length} bytes, not {n_bytes}")
-            if section.coding > 1 or (section.coding == 1 and critical):
-                self.broken("RMM-026", at, f"{name}: coding {section.coding}")
-            if section.coding == 1 and n_bytes > 256 * section.length + 65536:
-                self.broken("RMM-026", at, f"{name}: {n_bytes} bytes from {section.length}")
-            if section.offset != ceil_to(position, 8) or section.offset + section.length > end:
-                return self.broken("RMM-021", at, f"{name}: at {section.offset}")
-            spare = self.zeros(position, section.offset)
-            if spare is not None:
-                self.broken("RMM-021", spare, "byte between sections is not zero")
-            position = section.offset + section.length
-            if crc32c(self.data[section.offset : position]) != section.crc:
-                self.broken("RMM-025", section.offset, f"{name}: wrong crc")
-            self.sections[name] = section
-        if position != end:
-            self.broken("RMM-021", position, "the last section does not end the index")
-        return None
-
-    def inflate(self, section: Section) -> bytes | None:
-        """6: "a zlib stream (RFC 1950) of count · record_size bytes" (RMM-026)."""
-        raw = self.data[section.offset : section.offset + section.length]
-        n_bytes, stream = section.count * section.record_size, zlib.decompressobj()
-        try:
-            plain = stream.decompress(raw, n_bytes + 1)
-        except zlib.error:
-            return None
-        whole = stream.eof and not stream.unused_data and len(plain) == n_bytes
-        return plain if whole else None
+            s = Section._make(struct.unpack_from("<4sIQQQII", self.data, at))
+            name, n_bytes, least = s.type.decode("latin-1"), s.count * s.record_size, 0
+            fits = re.fullmatch("[A-Za-z]{4}", name) is not None and name not in self.sections
+            self.need(fits, "RMM-022", at, f"section type {name!r}")
+            known, critical = name in SIZES, name[0].isupper()
+            fits = known or not critical
+            self.need(fits, "RMM-023", at, f"unknown critical section {name!r}", "unsupported")
+            if known:
+                least = SIZES[name]
+                fits = (
+                    s.record_size >= least if self.minor and least > 1 else s.record_size == least
+                )
+                self.need(fits, "RMM-024", at, f"{name}: record_size {s.record_size}")
+            fits = s.length == n_bytes or s.coding != 0
+            self.need(fits, "RMM-024", at, f"{name}: length {s.length}, not {n_bytes}")
+            fits = s.coding == 0 or (s.coding == 1 and not critical)
+            self.need(fits, "RMM-026", at, f"{name}: coding {s.coding}")
+            fits = s.coding == 0 or n_bytes <= 256 * s.length + 65536
+            self.need(fits, "RMM-026", at, f"{name}: {n_bytes} bytes out of {s.length}")
+            fits = s.offset == ceil_to(position, 8) and s.offset + s.length <= end
+            if not self.need(fits, "RMM-021", at, f"{name}: at {s.offset}"):
+                return
+            spare = self.spare(position, s.offset)
+            self.need(spare < 0, "RMM-021", spare, "byte between sections is not zero")
+            position = s.offset + s.length
+            right = crc32c(self.data[s.offset : position]) == s.crc
+            self.need(right, "RMM-025", s.offset, f"{name}: wrong crc")
+            self.sections[name] = s
+        self.need(position == end, "RMM-021", position, "the last section does not end the index")
 
     def decode(self) -> None:
         """6: "a reader steps by record_size and ignores what it does not know"."""
-        for name, section in self.sections.items():
-            raw: bytes | None = self.data[section.offset : section.offset + section.length]
-            if section.coding == 1 and (name in SIZES or self.listing is not None):
-                raw = self.inflate(section)
-                if raw is None:
-                    return self.broken("RMM-026", section.offset, f"{name}: bad zlib stream")
+        for name, s in self.sections.items():
+            raw = self.data[s.offset : s.offset + s.length]
+            if s.coding == 1:  # opening needs `free` alone (RMM-072)
+                plain = inflate(raw, s.count * s.record_size)
+                check = self.need if name == "free" else self.note
+                if not check(plain is not None, "RMM-026", s.offset, f"{name}: bad zlib stream"):
+                    continue
+                raw = plain or b""
             if name in SIZES:
-                self.raw[name] = raw or b""
+                self.raw[name] = raw
             if name in RECORDS:
-                step = RECORDS[name][0] + f"{section.record_size - SIZES[name]}x"
-                self.table[name] = [*map(TUPLES[name]._make, struct.iter_unpack(step, raw or b""))]
-        return None
+                step = f"{RECORDS[name][0]}{s.record_size - SIZES[name]}x"
+                self.table[name] = [*map(TUPLES[name]._make, struct.iter_unpack(step, raw))]
 
     def strings(self) -> None:
         """6.1 STRS, RMM-030 and RMM-031."""
@@ -393,15 +490,13 @@ class Collection:
             at = self.at("STRS", position)
             try:
                 self.names.append(text.decode("utf-8"))
+                fits = 1 <= len(text) <= 1024 and not re.search(rb"[\0-\x1f\x7f]", text)
             except UnicodeDecodeError:
-                self.broken("RMM-030", at, f"string {text!r} is not UTF-8")
-            if not 1 <= len(text) <= 1024 or re.search(rb"[\0-\x1f\x7f]", text):
-                self.broken("RMM-030", at, f"string {text[:40]!r}: length or control character")
-            elif text <= before:
-                self.broken("RMM-031", at, f"string {text!r} is not above {before!r}")
+                fits = False
+            if self.need(fits, "RMM-030", at, f"string {text[:40]!r}"):
+                self.need(text > before, "RMM-031", at, f"string {text[:40]!r}: order")
             before, position = text, position + len(text) + 1
-        if position != len(raw):
-            self.broken("RMM-030", self.at("STRS", position), "the last string has no end")
+        self.need(position == len(raw), "RMM-030", self.at("STRS", position), "string has no end")
 
     def targets(self) -> None:
         """6.1 TARG, RMM-035 to RMM-037."""
@@ -409,38 +504,38 @@ class Collection:
         for i, t in enumerate(self.table["TARG"]):
             at, kernel = self.at("TARG", i), (t.k0, t.k1, t.k2)
             sizes = [k for k in kernel if k]
-            if t.kind > 2:
-                self.broken("RMM-036", at, f"unknown kind {t.kind}", "unsupported")
-            elif not (1 <= t.n_in <= 2**40 and 1 <= t.n_out <= 2**40 and t.flags <= 1):
-                self.broken("RMM-036", at, f"sides {t.n_in}, {t.n_out}, flags {t.flags}")
-            elif (t.kind == 2) != bool(sizes) or kernel != (*sizes, 0, 0, 0)[:3]:
-                self.broken("RMM-036", at, f"kernel {kernel} of kind {t.kind}")
-            elif t.n_in % math.prod(sizes):
-                self.broken("RMM-036", at, f"n_in {t.n_in} is no multiple of kernel {kernel}")
-            if t.reserved:
-                self.broken("RMM-037", at, "reserved field is not zero")
+            if self.need(t.kind <= 2, "RMM-036", at, f"unknown kind {t.kind}", "unsupported"):
+                fits = (
+                    1 <= t.n_in <= 2**40
+                    and 1 <= t.n_out <= 2**40
+                    and t.flags <= 1
+                    and (t.kind == 2) == bool(sizes)
+                    and kernel == (*sizes, 0, 0, 0)[:3]
+                    and t.n_in % math.prod(sizes) == 0
+                )
+                self.need(fits, "RMM-036", at, f"{t}")
+            self.need(t.reserved == 0, "RMM-037", at, "reserved field is not zero")
             key = (t.name, t.n_in, t.n_out, t.kind, t.flags, *kernel)
-            if t.name >= len(self.names) or key <= before:
-                self.broken("RMM-035", at, f"name {t.name}, or order")
+            fits = t.name < len(self.names) and key > before
+            self.need(fits, "RMM-035", at, f"name {t.name}, or order")
             before = key
 
     def layouts(self) -> None:
         """6.1 RUNS and LAYO, RMM-037, RMM-040, RMM-041."""
         for i, run in enumerate(self.table["RUNS"]):
-            if any(run.reserved):
-                self.broken("RMM-037", self.at("RUNS", i), "reserved field is not zero")
-            if run.count == 0:
-                self.broken("RMM-040", self.at("RUNS", i), "empty run")
+            at = self.at("RUNS", i)
+            self.need(not any(run.reserved), "RMM-037", at, "reserved field is not zero")
+            self.need(run.count > 0, "RMM-040", at, "empty run")
         first = 0
-        for i, layout in enumerate(self.table["LAYO"]):
-            runs = self.table["RUNS"][first : first + layout.n_runs]
-            tiles = layout.first_run == first and len(runs) == layout.n_runs > 0
-            if not tiles or sum(run.count for run in runs) != layout.n_rows:
-                return self.broken("RMM-041", self.at("LAYO", i), f"layout {i}: {layout}")
-            first += layout.n_runs
-        if first != len(self.table["RUNS"]):
-            self.broken("RMM-041", self.at("RUNS", first), "runs without a layout")
-        return None
+        for i, x in enumerate(self.table["LAYO"]):
+            runs = self.table["RUNS"][first : first + x.n_runs]
+            fits = x.first_run == first and len(runs) == x.n_runs > 0
+            fits = fits and sum(run.count for run in runs) == x.n_rows
+            if not self.need(fits, "RMM-041", self.at("LAYO", i), f"{x}"):
+                return
+            first += x.n_runs
+        left = first < len(self.table["RUNS"])
+        self.need(not left, "RMM-041", self.at("RUNS", first), "runs without a layout")
 
     def n_rows(self, layout: int) -> int:
         return 0 if layout == NONE else self.table["LAYO"][layout].n_rows
@@ -451,18 +546,14 @@ class Collection:
     def forms(self) -> None:
         """6.1 FORM, RMM-037, RMM-042, RMM-043."""
         for i, f in enumerate(self.table["FORM"]):
-            at = self.at("FORM", i)
-            if any(f.reserved):
-                self.broken("RMM-037", at, "reserved field is not zero")
-            if not math.isfinite(f.scale) or not 1 <= f.rank <= 2**20:
-                self.broken("RMM-042", at, f"scale {f.scale}, rank {f.rank}")
-            if f.dtype_a not in (1, 2, 3) or f.dtype_b not in (1, 2, 3):
-                self.broken("RMM-042", at, f"dtypes {f.dtype_a}, {f.dtype_b}")
-            residuals = f.residual_a, f.residual_b
-            if not self.known(f.coefficients_a, f.coefficients_b, *residuals):
-                self.broken("RMM-042", at, "unknown layout")
-            elif any(x != NONE and self.n_rows(x) != f.rank for x in residuals):
-                self.broken("RMM-043", at, f"a residual has not {f.rank} rows")
+            at, residuals = self.at("FORM", i), (f.residual_a, f.residual_b)
+            self.need(not any(f.reserved), "RMM-037", at, "reserved field is not zero")
+            fits = math.isfinite(f.scale) and 1 <= f.rank <= 2**20
+            fits = fits and {f.dtype_a, f.dtype_b} <= {1, 2, 3}
+            fits = fits and self.known(f.coefficients_a, f.coefficients_b, *residuals)
+            if self.need(fits, "RMM-042", at, f"{f}"):
+                fits = all(x == NONE or self.n_rows(x) == f.rank for x in residuals)
+                self.need(fits, "RMM-043", at, f"a residual has not {f.rank} rows")
 
     def part_fits(self, part: Any, length: int) -> bool:
         """6.1 FRAM: "In a part that is not absent (RMM-051)"."""
@@ -476,146 +567,136 @@ class Collection:
             and part.flags <= 1
             and self.known(part.mean, part.basis)
             and (part.mean == NONE or self.n_rows(part.mean) == rank)
-            and (part.basis == NONE or self.n_rows(part.basis) == p * (1 if mixing else rank))
+            and self.n_rows(part.basis) == p * (1 if mixing else rank)
             and not part.mean == part.basis == NONE
         )
+
+    def parts(self, frame: int | None) -> tuple[Any, Any]:
+        """Return the parts of a frame; without a frame it is as if both were absent."""
+        if frame is None:
+            return ABSENT, ABSENT
+        record = self.table["FRAM"][frame]
+        return Part._make(record[4:11]), Part._make(record[11:18])
 
     def frames(self) -> None:
         """6.1 FRAM, RMM-037 and RMM-050 to RMM-052."""
         self.clusters: dict[int, list[int]] = {}
         before = 0
         for i, f in enumerate(self.table["FRAM"]):
-            at, parts = self.at("FRAM", i), (Part._make(f[4:11]), Part._make(f[11:18]))
-            if f.target >= len(self.table["TARG"]) or f.target < before:
-                self.broken("RMM-050", at, f"target {f.target}")
-                continue
+            at, parts = self.at("FRAM", i), self.parts(i)
+            fits = before <= f.target < len(self.table["TARG"])
+            if not self.need(fits, "RMM-050", at, f"target {f.target}"):
+                return
             before = f.target
             self.clusters.setdefault(f.target, []).append(i)
-            target = self.table["TARG"][f.target]
-            if any(part.reserved for part in parts):
-                self.broken("RMM-037", at, "reserved field is not zero")
-            fit = (p == ABSENT or self.part_fits(p, n) for p, n in zip(parts, target[:2]))  # noqa: B905
-            if not all(fit) or parts == (ABSENT, ABSENT):
-                self.broken("RMM-051", at, f"parts {parts}")
-                continue
-            takes = self.length(self.frame_arrays(i))
-            if takes not in (None, f.length) or (f.length == 0 and f.offset):
-                self.broken("RMM-052", at, f"{f.length} at {f.offset}, arrays take {takes}")
-
-    def parts(self, frame: int | None) -> tuple[Any, Any]:
-        """Return the parts of a frame; cluster 0 is as if both were absent."""
-        if frame is None:
-            return ABSENT, ABSENT
-        record = self.table["FRAM"][frame]
-        return Part._make(record[4:11]), Part._make(record[11:18])
+            reserved = any(part.reserved for part in parts)
+            self.need(not reserved, "RMM-037", at, "reserved field is not zero")
+            sides = zip(parts, self.table["TARG"][f.target][:2], strict=True)
+            fits = all(part == ABSENT or self.part_fits(part, n) for part, n in sides)
+            if self.need(fits and parts != (ABSENT, ABSENT), "RMM-051", at, f"{parts}"):
+                takes = self.length(self.frame_arrays(i))
+                fits = takes in (None, f.length) and (f.length > 0 or f.offset == 0)
+                self.need(fits, "RMM-052", at, f"{f.length} bytes, arrays take {takes}")
 
     def tasks_table(self) -> None:
         """6.1 TASK, RMM-037, RMM-055, RMM-056; the second half of RMM-058."""
         entries, privates, before, self.tasks = 0, 0, -1, []
         for i, t in enumerate(self.table["TASK"]):
             at = self.at("TASK", i)
-            if t.reserved:
-                self.broken("RMM-037", at, "reserved field is not zero")
-            if t.name >= len(self.names) or t.name <= before:
-                self.broken("RMM-055", at, f"name {t.name}")
-            else:
+            self.need(t.reserved == 0, "RMM-037", at, "reserved field is not zero")
+            if self.need(before < t.name < len(self.names), "RMM-055", at, f"name {t.name}"):
                 self.tasks.append(self.names[t.name])
-            if t.first_entry != entries or t.first_private != privates:
-                self.broken("RMM-056", at, "entries or private tensors do not follow on")
-            if t.length == 0 and t.offset:
-                self.broken("RMM-058", at, f"an empty run at {t.offset}")
+            fits = (t.first_entry, t.first_private) == (entries, privates)
+            self.need(fits, "RMM-056", at, "entries or private tensors do not follow on")
+            self.need(t.length > 0 or t.offset == 0, "RMM-058", at, f"empty run at {t.offset}")
             before, entries, privates = t.name, entries + t.n_entries, privates + t.n_privates
-        if entries != len(self.table["ENTR"]) or privates != len(self.table["PRIV"]):
-            self.broken("RMM-056", self.at("TASK", 0), "entries or privates without a task")
+        fits = (entries, privates) == (len(self.table["ENTR"]), len(self.table["PRIV"]))
+        self.need(fits, "RMM-056", self.at("TASK", 0), "entries or private tensors of no task")
 
     def lists(self) -> None:
         """6.1 TLST and TASK, RMM-057."""
         targets = self.table["TARG"]
         for i, t in enumerate(self.table["TASK"]):
             ids = [x.target for x in self.table["TLST"][t.first_target :][: t.n_entries]]
-            ascending = all(a < b for a, b in pairwise(ids))
-            known = t.first_target + t.n_entries <= len(self.table["TLST"])
-            if not known or not ascending or any(x >= len(targets) for x in ids):
-                self.broken("RMM-057", self.at("TASK", i), "list of targets")
-            elif len({targets[x].name for x in ids}) != len(ids):
-                self.broken("RMM-057", self.at("TASK", i), "two targets of one name")
-
-    def entries_table(self) -> None:
-        """6.1 ENTR and 7.1, RMM-058 and RMM-060 to RMM-062."""
-        for i, t in enumerate(self.table["TASK"]):
-            end = n_values = 0
-            for m in self.members(i):
-                at = self.at("ENTR", m.index)
-                if m.form is None or not self.entry_fits(m):
-                    self.broken("RMM-060", at, f"form {m.record.form} does not fit")
-                    continue
-                takes = self.length(self.entry_arrays(m))
-                if takes not in (None, m.record.length):
-                    self.broken("RMM-061", at, f"length {m.record.length}, arrays take {takes}")
-                end = m.offset + m.record.length - t.offset
-                n_values += m.form.rank * (m.target.n_in + m.target.n_out)
-            if self.usable and end != t.length:
-                self.broken("RMM-058", self.at("TASK", i), f"length {t.length}, ends at {end}")
-            if n_values > 1024 * self.slot.file_length:
-                self.broken("RMM-062", self.at("TASK", i), f"{n_values} values")
+            fits = t.first_target + t.n_entries <= len(self.table["TLST"])
+            fits = (
+                fits
+                and all(a < b for a, b in pairwise(ids))
+                and max(ids, default=-1) < len(targets)
+            )
+            fits = fits and len({targets[x].name for x in ids}) == len(ids)
+            self.need(fits, "RMM-057", self.at("TASK", i), f"targets {ids[:8]}")
 
     def members(self, task: int) -> Iterator[Member]:
         """6.1: "Entry first_entry + j belongs to the j-th target"; 7.1 places it in the run."""
         t, position = self.table["TASK"][task], 0
-        for j in range(t.n_entries):
-            record = self.table["ENTR"][t.first_entry + j]
-            target = self.table["TLST"][t.first_target + j].target
-            known = record.form < len(self.table["FORM"])
-            form = self.table["FORM"][record.form] if known else None
+        for i in range(t.first_entry, t.first_entry + t.n_entries):
+            record = self.table["ENTR"][i]
+            target = self.table["TLST"][t.first_target + i - t.first_entry].target
+            form = (
+                self.table["FORM"][record.form] if record.form < len(self.table["FORM"]) else None
+            )
             frames = self.clusters.get(target, [])
-            inside = form is not None and 1 <= form.cluster <= len(frames)
-            frame = frames[form.cluster - 1] if inside else None  # type: ignore[union-attr]
+            known = form is not None and 1 <= form.cluster <= len(frames)
+            frame = frames[form.cluster - 1] if known else None
             if record.length >= 4096:
                 position = ceil_to(position, 64)
-            target = self.table["TARG"][target]
-            yield Member(t.first_entry + j, t.offset + position, record, target, form, frame)
+            yield Member(i, t.offset + position, record, self.table["TARG"][target], form, frame)
             position += record.length
 
     def entry_fits(self, m: Member) -> bool:
         """6.1 ENTR: "The entry's form, its target and the frame [...] MUST fit"."""
-        if m.form.cluster and m.frame is None:
+        if m.form is None or (m.form.cluster and m.frame is None):
             return False
-        for part, ids in zip(self.parts(m.frame), (m.form[3:5], m.form[5:7])):  # noqa: B905
-            if part != ABSENT and m.form.rank > part.rank:
-                return False
-            if (ids[0] == NONE) != (part.n_components == 0):
-                return False
-            if self.n_rows(ids[0]) != part.n_components:
-                return False
-        return True
+        a, b = self.parts(m.frame)
+        return all(
+            (part == ABSENT or m.form.rank <= part.rank)
+            and (layout == NONE) == (part.n_components == 0)
+            and self.n_rows(layout) == part.n_components
+            for part, layout in ((a, m.form.coefficients_a), (b, m.form.coefficients_b))
+        )
+
+    def entries_table(self) -> None:
+        """6.1 ENTR and 7.1, RMM-058 and RMM-060 to RMM-062."""
+        for i, t in enumerate(self.table["TASK"]):
+            end, n_values, at_task = t.offset, 0, self.at("TASK", i)
+            for m in self.members(i):
+                at, length = self.at("ENTR", m.index), m.record.length
+                if self.need(self.entry_fits(m), "RMM-060", at, f"form {m.record.form}"):
+                    takes = self.length(self.entry_arrays(m))
+                    fits = takes in (None, length)
+                    self.need(fits, "RMM-061", at, f"{length} bytes, arrays take {takes}")
+                    n_values += m.form.rank * (m.target.n_in + m.target.n_out)
+                end = m.offset + length
+            if self.usable:
+                takes = end - t.offset
+                self.need(takes == t.length, "RMM-058", at_task, f"{t.length}, not {takes} bytes")
+            fits = n_values <= 1024 * self.slot.file_length
+            self.need(fits, "RMM-062", at_task, f"{n_values} values")
 
     def privates_table(self) -> None:
         """6.1 PRIV, BLOB and DIMS, RMM-037 and RMM-065 to RMM-067."""
-        for i, b in enumerate(self.table["BLOB"]):
-            if b.reserved:
-                self.broken("RMM-037", self.at("BLOB", i), "reserved field is not zero")
-            if b.length == 0 and b.offset:
-                self.broken("RMM-067", self.at("BLOB", i), f"an empty blob at {b.offset}")
+        blobs, dims = self.table["BLOB"], [d.size for d in self.table["DIMS"]]
+        for i, b in enumerate(blobs):
+            at = self.at("BLOB", i)
+            self.need(b.reserved == 0, "RMM-037", at, "reserved field is not zero")
+            self.need(b.length > 0 or b.offset == 0, "RMM-067", at, f"empty blob at {b.offset}")
         for t in self.table["TASK"]:
             before = -1
             for i in range(t.first_private, t.first_private + t.n_privates):
                 at, p = self.at("PRIV", i), self.table["PRIV"][i]
-                dims = [d.size for d in self.table["DIMS"][p.first_dim :][: p.n_dims]]
-                if p.reserved or p.reserved2:
-                    self.broken("RMM-037", at, "reserved field is not zero")
-                ids = p.name < len(self.names) and p.blob < len(self.table["BLOB"])
-                room = p.n_dims <= 8 and p.first_dim + p.n_dims <= len(self.table["DIMS"])
-                if not ids or not room or p.dtype not in DTYPES or p.name <= before:
-                    self.broken("RMM-065", at, f"private tensor {p}")
-                elif self.n_bytes(p.dtype, dims) != self.table["BLOB"][p.blob].length:
-                    self.broken("RMM-066", at, f"dimensions {dims} do not give the length")
+                self.need(
+                    p.reserved == p.reserved2 == 0, "RMM-037", at, "reserved field is not zero"
+                )
+                fits = before < p.name < len(self.names) and p.blob < len(blobs)
+                fits = fits and p.dtype in DTYPES and p.n_dims <= 8
+                fits = fits and p.first_dim + p.n_dims <= len(dims)
+                if self.need(fits, "RMM-065", at, f"{p}"):
+                    shape = dims[p.first_dim : p.first_dim + p.n_dims]
+                    n_bytes = math.prod(shape) * int(DTYPES[p.dtype].split()[1])
+                    fits = max(shape, default=0) <= 2**40 and n_bytes == blobs[p.blob].length
+                    self.need(fits, "RMM-066", at, f"shape {shape}, {blobs[p.blob].length} bytes")
                 before = p.name
-
-    def n_bytes(self, dtype: int, dims: list[int]) -> int:
-        """6.1 PRIV: "The product of the dimensions [...] times the dtype's size"."""
-        if any(d > 2**40 for d in dims):
-            return -1  # no length is that
-        return math.prod(dims) * int(DTYPES[dtype].split()[1])
 
     # --- 7 Extents ---
 
@@ -623,38 +704,36 @@ class Collection:
         """7, RMM-070 to RMM-072."""
         kinds = ("FRAM", "TASK", "BLOB", "free")
         found = [(x.offset, x.length, name) for name in kinds for x in self.table[name] if x.length]
-        if any(x.length == 0 for x in self.table["free"]):
-            self.broken("RMM-071", self.at("free", 0), "an empty free extent")
-        if any(x.reserved for x in self.table["free"]):
-            self.broken("RMM-037", self.at("free", 0), "reserved field is not zero")
         found.append((self.slot.index_offset, self.slot.index_length, "index"))
+        for i, x in enumerate(self.table["free"]):
+            at = self.at("free", i)
+            self.need(x.reserved == 0, "RMM-037", at, "reserved field is not zero")
+            self.need(x.length > 0, "RMM-071", at, "empty free extent")
         before, end = 640, self.slot.file_length
         for offset, length, name in sorted(found):
-            if name != "free" and offset % (64 if length >= 4096 else 8):
-                self.broken("RMM-070", offset, f"{name}: {length} bytes at {offset}")
-            if offset < before or offset + length > end:
-                self.broken("RMM-071", offset, f"{name}: overlap, or outside of the payload")
-            elif offset - before >= 64:
-                self.broken("RMM-072", before, f"{offset - before} bytes in no extent")
-            elif (spare := self.zeros(before, offset)) is not None:
-                self.note("RMM-072", spare, "byte between extents is not zero")
+            fits = name == "free" or offset % (64 if length >= 4096 else 8) == 0
+            self.need(fits, "RMM-070", offset, f"{name}: {length} bytes at {offset}")
+            fits = before <= offset and offset + length <= end
+            if self.need(fits, "RMM-071", offset, f"{name}: overlap, or outside of the payload"):
+                fits = offset - before < 64
+                if self.need(fits, "RMM-072", before, f"{offset - before} bytes in no extent"):
+                    spare = self.spare(before, offset)
+                    self.note(spare < 0, "RMM-072", spare, "byte between extents is not zero")
             before = max(before, offset + length)
-        if before < end:
-            self.broken("RMM-072", before, "the last extent does not end the file")
+        self.need(before >= end, "RMM-072", before, "the last extent does not end the file")
 
     def frame_arrays(self, i: int) -> list[tuple[int, int]]:
         """7.2: "a frame's are: mean of A, basis of A, mean of B, basis of B"."""
-        record = self.table["FRAM"][i]
-        sides = self.table["TARG"][record.target][:2]
+        n_in, n_out = self.table["TARG"][self.table["FRAM"][i].target][:2]
         a, b = self.parts(i)
-        return [(a.mean, sides[0]), (a.basis, sides[0]), (b.mean, sides[1]), (b.basis, sides[1])]
+        return [(a.mean, n_in), (a.basis, n_in), (b.mean, n_out), (b.basis, n_out)]
 
     def entry_arrays(self, m: Member) -> list[tuple[int, int]]:
         """7.2: "coefficients of A, residual of A, coefficients of B, residual of B"."""
-        arrays = []
-        for part, ids, n in zip(self.parts(m.frame), (m.form[3:5], m.form[5:7]), m.target[:2]):  # noqa: B905
+        arrays, (a, b) = [], self.parts(m.frame)
+        for part, ids, n in ((a, m.form[3:5], m.target.n_in), (b, m.form[5:7], m.target.n_out)):
             k = m.form.rank if part.flags & 1 else 1  # "K = rank with row mixing and 1 otherwise"
-            positions = 0 if part == ABSENT else -(-n // part.group)
+            positions = 0 if part == ABSENT else ceil_to(n, part.group) // part.group
             arrays += [(ids[0], k * positions), (ids[1], n)]
         return arrays
 
@@ -662,45 +741,46 @@ class Collection:
         """RMM-052, RMM-061: what the arrays take, "if all encodings are fixed-size"."""
         key = tuple(arrays)
         if key not in self.lengths:
-            placed = self.place(arrays, None)
-            self.lengths[key] = None if placed is None else placed[1]
+            self.lengths[key] = self.place(arrays)[1]
         return self.lengths[key]
 
     def place(
-        self, arrays: list[tuple[int, int]], payload: bytes | None
-    ) -> tuple[list[Array | None], int] | None:
-        """7.2: place every run; None where that takes a payload and there is none."""
+        self, arrays: list[tuple[int, int]], offset: int = 0, payload: bytes | None = None
+    ) -> tuple[list[Array | None], int | None]:
+        """7.2: place every run; no length where that takes a payload and there is none."""
         placed: list[Array | None] = []
         position = 0
         for layout, n in arrays:
-            if layout == NONE:
-                placed.append(None)
-                continue
-            array, first, record = Array(payload or b"", n), 0, self.table["LAYO"][layout]
-            for i in range(record.first_run, record.first_run + record.n_runs):
-                run = self.table["RUNS"][i]
-                encoding = ENCODINGS.get(run.encoding)
-                if encoding is None or encoding.row_bytes is None:
-                    if payload is None:
-                        return None
-                    where, what = self.at("RUNS", i), f"unknown encoding {run.encoding:#04x}"
-                    raise Refused("RMM-088", where, what, "unsupported")
-                size = run.count * encoding.row_bytes(n)
-                if size >= 4096:
-                    position = ceil_to(position, 64)
-                array.firsts.append(first)
-                array.runs.append((position, run.count, encoding, size))
-                first, position = first + run.count, position + size
-            placed.append(array)
+            array, first = Array(payload or b"", n), 0
+            placed.append(None if layout == NONE else array)
+            x = None if layout == NONE else self.table["LAYO"][layout]
+            for i in range(x.first_run, x.first_run + x.n_runs) if x else ():
+                count, code = self.table["RUNS"][i][:2]
+                encoding, rows = ENCODINGS.get(code), None
+                if payload is None and (encoding is None or encoding.run):
+                    return placed, None
+                if encoding is None:
+                    text = f"unknown encoding {code:#04x}"
+                    raise Refused("RMM-088", self.at("RUNS", i), text, "unsupported")
+                if encoding.row_bytes is not None:
+                    n_bytes = count * encoding.row_bytes(n)
+                    position = ceil_to(position, 64) if n_bytes >= 4096 else position
+                elif encoding.run is not None and payload is not None:
+                    try:
+                        n_bytes, rows = encoding.run(payload[position:], count, n)
+                    except ValueError as fault:
+                        text = f"{encoding.name}: {fault}"
+                        raise Refused("RMM-087", offset + position, text) from fault
+                array.runs.append(Run(first, position, n_bytes, count, encoding, rows))
+                first, position = first + count, position + n_bytes
         return placed, position
 
     def payload(self, arrays: list[tuple[int, int]], offset: int, length: int, rule: str) -> Any:
         """Place the arrays of an entry or frame on its bytes."""
-        placed = self.place(arrays, self.data[offset : offset + length])
-        assert placed is not None
-        if placed[1] != length:
-            raise Refused(rule, offset, f"length {length}, arrays take {placed[1]}")
-        return placed[0]
+        placed, takes = self.place(arrays, offset, self.data[offset : offset + length])
+        if takes != length:
+            raise Refused(rule, offset, f"{length} bytes, arrays take {takes}")
+        return placed
 
     # --- 8 Reconstruction ---
 
@@ -739,24 +819,23 @@ class Collection:
         raw = self.raw.get("meta")
         return parse_metadata(raw) if raw else None
 
-    # --- What validators check beyond: the payload and the optional sections ---
+    # --- What validators check beyond: optional sections and payload ---
 
     def optional_sections(self) -> None:
         """6.1 erro and section 9, RMM-090 to RMM-092."""
-        errors, at = self.table["erro"], self.at("erro", 0)
-        if errors and len(errors) != len(self.table["ENTR"]):
-            self.note("RMM-092", at, f"{len(errors)} errors, {len(self.table['ENTR'])} entries")
+        errors, n, at = self.table["erro"], len(self.table["ENTR"]), self.at("meta", 0)
+        fits = len(errors) in (0, n)
+        self.note(fits, "RMM-092", self.at("erro", 0), f"{len(errors)} errors, {n} entries")
         for i, (error,) in enumerate(errors):
-            if error < 0:
-                self.note("RMM-092", self.at("erro", i), f"negative error {error}")
+            self.note(not error < 0, "RMM-092", self.at("erro", i), f"negative error {error}")
         try:
             value = self.metadata()
-        except (ValueError, RecursionError) as fault:
-            return self.note("RMM-090", self.at("meta", 0), f"metadata: {fault}")
+        except ValueError as fault:
+            self.note(False, "RMM-090", at, f"metadata: {fault}")
+            return
         schema = json.loads(Path(__file__).with_name("metadata.schema.json").read_text("utf-8"))
-        if value is not None and (path := misfit(value, schema, schema)) is not None:
-            self.note("RMM-091", self.at("meta", 0), f"metadata: {path or '/'} breaks the schema")
-        return None
+        path = None if value is None else misfit(value, schema, schema)
+        self.note(path is None, "RMM-091", at, f"metadata: {path} breaks the schema")
 
     def payloads(self) -> None:
         """RMM-080 to RMM-088."""
@@ -765,36 +844,46 @@ class Collection:
         for i, t in enumerate(self.table["TASK"]):
             position = t.offset
             for m in self.members(i):
-                if (spare := self.zeros(position, m.offset)) is not None:
-                    self.note("RMM-085", spare, "padding is not zero")
+                spare = self.spare(position, m.offset)
+                self.note(spare < 0, "RMM-085", spare, "padding is not zero")
                 position = m.offset + m.record.length
                 self.check_payload(self.entry_arrays(m), m.offset, m.record, "RMM-080", "RMM-061")
         for name, rule in (("BLOB", "RMM-082"), ("free", "RMM-083")):
             for x in self.table[name]:
-                if crc32c(self.data[x.offset : x.offset + x.length]) != x.crc:
-                    self.note(rule, x.offset, f"{name}: wrong crc")
+                right = crc32c(self.data[x.offset : x.offset + x.length]) == x.crc
+                self.note(right, rule, x.offset, f"{name}: wrong crc")
 
     def check_payload(
         self, arrays: list[tuple[int, int]], offset: int, record: Any, crc_rule: str, rule: str
     ) -> None:
-        if crc32c(self.data[offset : offset + record.length]) != record.crc:
-            return self.note(crc_rule, offset, "wrong crc")
+        right = crc32c(self.data[offset : offset + record.length]) == record.crc
+        if not self.note(right, crc_rule, offset, "wrong crc"):
+            return
         try:
             placed = self.payload(arrays, offset, record.length, rule)
         except Refused as refused:
-            return self.note(refused.rule, refused.offset, refused.message)
-        position = 0
+            self.note(False, refused.rule, refused.offset, refused.message)
+            return
+        position = offset
         for array in placed:
-            for start, count, encoding, size in array.runs if array else ():
-                if (spare := self.zeros(offset + position, offset + start)) is not None:
-                    self.note("RMM-085", spare, "padding is not zero")
-                position = start + size
-                for i in range(count if encoding.bits and size else 0):
-                    at, step = start + i * (size // count), size // count
-                    raw = array.payload[at : at + step]
-                    if (block := bad_block(raw, array.n, encoding.bits)) is not None:
-                        self.note("RMM-086", offset + at + block, "scale, or codes behind the row")
+            for run in array.runs if array else ():
+                start, size = offset + run.position, run.n_bytes // run.count
+                spare = self.spare(position, start)
+                self.note(spare < 0, "RMM-085", spare, "padding is not zero")
+                position = start + run.n_bytes
+                for at in range(start, position, size) if run.encoding.bits and size else ():
+                    block = bad_block(self.data[at : at + size], array.n, run.encoding.bits)
+                    self.note(block is None, "RMM-086", at + (block or 0), "scale, or spare code")
+
+
+def inflate(raw: bytes, n_bytes: int) -> bytes | None:
+    """6: "a zlib stream (RFC 1950) of count · record_size bytes" (RMM-026)."""
+    stream = zlib.decompressobj()
+    try:
+        plain = stream.decompress(raw, n_bytes + 1)
+    except zlib.error:
         return None
+    return plain if stream.eof and not stream.unused_data and len(plain) == n_bytes else None
 
 
 def bad_block(raw: bytes, n: int, bits: int) -> int | None:

@@ -115,6 +115,147 @@ def row_q(bits: int, scales: list[float], codes: list[int]) -> Row:
     return Row(0x10 + bits, raw, values)
 
 
+# --- The trellis encoding (8.3), written from its decoding steps backwards -----------------------
+
+GAUSSIAN = """
+04b0556e 08dc431a 0f218de0 17bb0546 22a55547 2fa05396 3e3ce5f8 4df14256
+5e2d58d9 6e6b3af7 7e39bff0 8d418996 9b4597e3 a820ecbf b3c2a029 be29706c
+c75f7cf5 cf768ba8 d684ff71 dca38252 e1eb5127 e6750e8b ea5800a6 eda99fd4
+f07d5fde f2e4a20a f4eec215 f6a93407 f81fab54 f95c4650 fa67ba65 fb497ef1
+"""
+EXPONENTIAL = """
+0f218de0 1322754c 17bb0546 1ce8c54d 22a55547 28e6cfbb 2fa05396 36c2a71d
+3e3ce5f8 45fd2e33 4df14256 56071975 5e2d58d9 6653b528 6e6b3af7 76668014
+7e39bff0 85dae60a 8d418996 9466dd83 9b4597e3 a1d9d354 a820ecbf ae195f50
+b3c2a029 b91cfafe be29706c c2e996ae c75f7cf5 cb8d91ae cf768ba8 d31d561d
+"""
+OCTAVE = "3f800000 3f6ac0c7 3f5744fd 3f45672a 3f3504f3 3f25fed7 3f1837f0 3f0b95c2"
+
+
+def _f32_of(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+@dataclass
+class Table:
+    """What a table number stands for."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        self.i = self.number % 128 - 1
+        self.b = 0 if self.i < 32 else 1 + (self.i - 32) // 8
+        constants = (EXPONENTIAL if self.number > 128 else GAUSSIAN).split()
+        ratio = int(constants[self.i - 8 * self.b], 16)
+        weights, t = [1 << 32], ratio
+        while True:
+            weight = weights[-1] * t >> 32
+            if weight < 1 << 18:
+                break
+            weights.append(weight)
+            if self.number < 128:
+                t = t * ratio >> 32
+        self.Q = len(weights)
+        total, room = sum(weights), 4095 - self.Q
+        self.f = [1 + weight * room // total for weight in weights] + [1]
+        self.f[0] += 4096 - sum(self.f)
+
+
+@dataclass
+class Trellis:
+    """A run: for each row None, or a table number and the indices j of its values."""
+
+    rows: list[tuple[int, list[int]] | None]
+    n: int
+    base: int = 0x3F80  # 1.0
+    lanes: int | None = None  # other than the text asks
+
+    def __post_init__(self) -> None:
+        n_symbols = self.n * sum(row is not None for row in self.rows)
+        if self.lanes is None:
+            self.lanes = 1 if n_symbols < 1 << 14 else 4 if n_symbols < 1 << 16 else 16
+        self.numbers = bytes(0 if row is None else row[0] for row in self.rows)
+        symbols = []
+        for row in self.rows:
+            if row is not None:
+                table = Table(row[0])
+                symbols += [(position % self.lanes, table, j) for position, j in enumerate(row[1])]
+        self.states, backwards = [1 << 16] * self.lanes, []
+        for lane, table, j in reversed(symbols):
+            x = self.states[lane]
+            if table.b:
+                if x << table.b >= 1 << 32:
+                    backwards.append(x & 0xFFFF)
+                    x >>= 16
+                x = x << table.b | j & (1 << table.b) - 1
+            q = j >> table.b
+            if q >= table.Q:
+                backwards.append(q - table.Q)
+                q = table.Q
+            if x >= table.f[q] << 20:
+                backwards.append(x & 0xFFFF)
+                x >>= 16
+            self.states[lane] = (x // table.f[q] << 12) + x % table.f[q] + sum(table.f[:q])
+        self.words = backwards[::-1]
+
+    def values(self) -> list[list[float]]:
+        states, out = [0] * (self.lanes or 1), []
+        base = _f32_of((self.base & 0x7FFF) << 16)
+        for row in self.rows:
+            if row is None:
+                out.append([0.0] * self.n)
+                continue
+            step = base
+            if self.base >> 15:
+                i = row[0] % 128 - 1
+                step = f32(base * _f32_of(int(OCTAVE.split()[i % 8], 16))) / (1 << i // 8)
+            values = []
+            for position, j in enumerate(row[1]):
+                lane = position % len(states)
+                state = states[lane]
+                sign = -1 if (state ^ j) % 2 else 1
+                values.append(f32(sign * (2 * j + 1) * step))
+                turned = state >> 1
+                turned ^= 0xA6 if state % 2 else 0
+                turned ^= 0x79 if (j + 1) // 2 % 2 else 0
+                states[lane] = turned
+            out.append(values)
+        return out
+
+    def raw(self, length: bytes | None = None) -> bytes:
+        """The run's bytes, with a length of the caller's choice or the right one."""
+        body = struct.pack("<H", self.base) + self.numbers
+        body += struct.pack(f"<{len(self.states)}I", *self.states)
+        body += struct.pack(f"<{len(self.words)}H", *self.words)
+        return (base128(len(body)) if length is None else length) + body
+
+    def run(self, length: bytes | None = None) -> list[Row]:
+        """The run as rows: the first one carries its bytes."""
+        raw, values = self.raw(length), self.values()
+        return [Row(0x20, b"" if i else raw, row) for i, row in enumerate(values)]
+
+
+def base128(x: int) -> bytes:
+    out = b""
+    while x >= 128:
+        out += bytes([x % 128 | 128])
+        x //= 128
+    return out + bytes([x])
+
+
+def draw(random: Random, number: int, n: int) -> list[int]:
+    """Indices as the table has them, with escapes now and then."""
+    table, out = Table(number), []
+    for _ in range(n):
+        slot, q = random.getrandbits(12), 0
+        while slot >= table.f[q]:
+            slot -= table.f[q]
+            q += 1
+        q += random.getrandbits(4) if q == table.Q or random.getrandbits(6) == 0 else 0
+        out.append(q << table.b | random.getrandbits(table.b) if table.b else q)
+    return out
+
+
 def row_unknown(code: int, raw: bytes, n: int) -> Row:
     return Row(code, raw, [0.0] * n)
 
@@ -242,7 +383,8 @@ def pack_arrays(arrays: list[Runs | None]) -> bytes:
     for array in arrays:
         for run in array or ():
             raw = b"".join(row.raw for row in run)
-            out += bytes(align(len(out), len(raw), 1) - len(out)) + raw
+            fixed_size = run[0].code != 0x20
+            out += bytes(align(len(out), len(raw), 1) - len(out) if fixed_size else 0) + raw
     return out
 
 

@@ -31,6 +31,9 @@ from drafts import (
     Side,
     Target,
     Task,
+    Trellis,
+    base128,
+    draw,
     expect,
     flat,
     raw_bf16,
@@ -870,6 +873,183 @@ def containers(s: Set) -> None:
     )
 
 
+def trellis_task(run: Trellis, other: list[list[Row]] | None = None) -> Collection:
+    """One entry whose A is a run of the trellis encoding."""
+    t = Target("t", run.n, 2)
+    rank = len(run.rows)
+    b = other or runs(*[row_f16([1.0, -1.0])] * rank)
+    return Collection(
+        [Task("task", [Entry(t, rank, Side(residual=[run.run()]), Side(residual=b))])]
+    )
+
+
+def few(name: str, numbers: list[int], n: int, base: int = 0x3F80, **options: Any) -> Trellis:
+    r = seeded(name)
+    rows = [(number, draw(r, number, n)) if number else None for number in numbers]
+    return Trellis(rows, n, base, **options)
+
+
+def trellis(s: Set) -> None:
+    mixed = [12, 0, 1, 140, 33, 0, 112, 240, 129, 72]
+    for name, base, comment in (
+        (
+            "v-encoding-trellis",
+            0x3F80,
+            "Rows of trellis in tables of both families, and zero rows.",
+        ),
+        ("v-trellis-mode-1", 0xBDA3, "Mode 1: steps follow the tables."),
+    ):
+        made = trellis_task(few("mixed", mixed, 45, base))
+        made.tasks[0].entries[0].b = Side(residual=[few("b", mixed, 2, base).run()])
+        s.valid(name, made, comment)
+    one = few("one", [20], 1)
+    s.valid("v-trellis-one", trellis_task(one), "A run of one value.")
+    numbers = [*range(1, 113), *range(129, 241)]
+    s.valid("v-trellis-tables", trellis_task(few("tables", numbers, 6)), "Every table.")
+    steps = trellis_task(few("steps", numbers, 2, 0x8000 | 15 << 7 | 0x55))
+    s.valid("v-trellis-steps", steps, "Every step of mode 1, from the least base step.")
+    for name, numbers, n, comment in (
+        ("v-trellis-lane", [1, 0], 2**14 - 1, "2^14 − 1 symbols: one lane."),
+        ("v-trellis-lanes-4", [2, 0, 2], 2**13 + 1, "2^14 + 2 symbols: four lanes."),
+        ("v-trellis-lanes-15", [129, 1, 1], (2**16 - 1) // 3, "2^16 − 1 symbols: four lanes."),
+        ("v-trellis-lanes-16", [130, 0, 1], 2**15, "2^16 symbols: 16 lanes."),
+    ):
+        s.valid(name, trellis_task(few(name, numbers, n)), comment)
+    top = 2**23 - 1
+    for name, base, comment in (
+        ("v-trellis-least", 1 << 7, "The least base step, the largest and smallest values."),
+        ("v-trellis-largest", 230 << 7 | 0x7F, "The largest base step, the largest values."),
+    ):
+        run = Trellis(
+            [(112, [0, top, 0, 1, top, top - 1]), (1, [0, 65535, 3, 65537, 1, 0])], 6, base
+        )
+        s.valid(name, trellis_task(run), comment)
+    r = seeded("trellis large")
+    wide = Target("wide", 1100, 1100)
+    long_run = few("long", [112, 111, 240], 1100)
+    assert len(long_run.raw()) >= 4096
+    a = [few("short", [5], 1100).run(), long_run.run()]
+    entry = Entry(wide, 4, Side(residual=a), Side(residual=rows(r, [0x11, 1, 0x11, 0x11], 1100)))
+    s.valid(
+        "v-trellis-large",
+        Collection([Task("task", [entry])]),
+        "A run of more than 4,096 bytes starts right behind its predecessor.",
+    )
+    r = seeded("trellis frame")
+    t = Target("t", 1030, 40)
+    frame = Frame(
+        t,
+        Part(
+            1030,
+            2,
+            [few("mean", [20, 21], 1030).run()],
+            [
+                few("basis", [30], 1030).run(),
+                *rows(r, [1, 1], 1030),
+                few("c", [0, 140], 1030).run(),
+                few("d", [9], 1030).run(),
+            ],
+            True,
+        ),
+        Part(8, 2, None, [few("e", [5, 0], 40).run()]),
+    )
+    tasks = [
+        Task(
+            f"task{i}",
+            [
+                Entry(
+                    t,
+                    rank,
+                    Side(
+                        [few("f", [15, 0, 160, 12, 18, 31], rank).run()],
+                        [few("g", [100] * rank, 1030).run()],
+                    ),
+                    Side([few("h", [17], 5).run()], rows(r, [0x11, 2], 40)[:rank]),
+                    frame=frame,
+                )
+            ],
+        )
+        for i, rank in enumerate((1, 2))
+    ]
+    s.valid(
+        "v-trellis-frame",
+        Collection(tasks, [frame]),
+        "Runs of trellis among others in a frame: never aligned, whatever their length.",
+    )
+
+
+def trellis_rules(s: Set) -> None:
+    twin = "v-encoding-trellis"
+
+    def broken(
+        name: str,
+        comment: str,
+        run: Trellis,
+        length: bytes | None = None,
+        rule: str = "087",
+        keep: int | None = None,
+        more: bytes = b"",
+    ) -> None:
+        made = trellis_task(run)
+        array = run.run(length)
+        array[0].raw = array[0].raw[:keep] + more
+        made.tasks[0].entries[0].a = Side(residual=[array])
+        s.broken(
+            f"{rule}{name}", twin, made, comment, where=[640, "entry:0"], when="load", task="task"
+        )
+
+    def run(**fields: Any) -> Trellis:
+        made = few("broken", [12, 0, 40], 200)
+        for name, value in fields.items():
+            setattr(made, name, value)
+        return made
+
+    good = run()
+    length = len(good.raw()) - 2
+    assert length >= 128
+    padded = bytes([length % 128 | 128, length // 128 | 128, 0])
+    broken("a-long-form", "The length is not in shortest form.", run(), padded)
+    # B's rows follow, so a length is too large for the entry only if it is far too large.
+    broken("b-past", "The run ends behind its entry.", run(), base128(2**20))
+    broken("c-huge", "A length of 2^32 and more.", run(), b"\xff\xff\xff\xff\x1f")
+    broken("d-no-end", "A length of more than five bytes.", run(), b"\x80" * 5 + b"\1")
+    broken("e-short", "No room for the states.", run(), base128(8))
+    broken("f-odd", "Half a word.", run(), base128(length - 1))
+    words = good.words
+    broken("g-word-missing", "A word is read behind the last.", run(words=words[:-1]))
+    broken("h-word-left", "A word is left.", run(words=[*words, 0]))
+    broken("i-state", "A state ends at another value.", run(states=[good.states[0] ^ 1]))
+    broken("j-state-low", "An initial state below 2^16.", run(states=[2**16 - 1]))
+    for letter, number in (("k", 113), ("l", 128), ("m", 241)):
+        broken(
+            f"{letter}-table-{number}", f"Row byte {number}.", run(numbers=bytes([12, 0, number]))
+        )
+    broken("n-all-zero", "No row is coded.", Trellis([None, None], 45))
+    broken("o-step-low", "A base step whose exponent field is 0.", run(base=0x7F))
+    broken("p-step-high", "A base step whose exponent field is 231.", run(base=231 << 7))
+    broken(
+        "q-step-mode-1", "Mode 1: the step of a row would be subnormal.", run(base=0x8000 | 5 << 7)
+    )
+    over = Trellis([(112, [2**23])], 1)
+    broken("r-value", "An index of 2^23.", over)
+    broken("s-no-bytes", "A length of 0.", run(), b"\0")
+    more = few("more", [12], 4)
+    made = trellis_task(more)
+    made.tasks[0].entries[0].b = Side(residual=[[Row(0x20, more.raw() + b"\0\0", [0.0, 0.0])]])
+    made.targets = []
+    one = few("one value", [12], 2)
+    made.tasks[0].entries[0].b = Side(residual=[[Row(0x20, one.raw() + b"\0\0", [0.0, 0.0])]])
+    s.broken(
+        "061c-trellis",
+        twin,
+        made,
+        "Bytes behind the last run of an entry.",
+        where=[640, "entry:0", "ENTR[0]"],
+        when="load",
+        task="task",
+    )
+
+
 # --- Invalid and unsupported ---------------------------------------------------------------------
 
 
@@ -1217,7 +1397,15 @@ def index_rules(s: Set) -> None:
         content: tuple[Token, ...] = ("section:meta",) if letter != "i" else ()
         edit = section("meta", coding=1, **what)
         first = "content:meta" if letter != "i" else "section:meta"
-        s.broken(f"026{letter}-stream", "v-deflated", small(), comment, edit, [first, *content])
+        s.broken(
+            f"026{letter}-stream",
+            "v-deflated",
+            small(),
+            comment,
+            edit,
+            [first, *content],
+            when="open" if letter == "i" else "validate",
+        )
 
 
 def _index_offset(c: Collection) -> int:
@@ -2079,6 +2267,17 @@ def free_verdicts(s: Set) -> None:
         meta(with_key("x", b'"\\ud800"')),
     )
 
+    def free_stream(d: Draft) -> None:
+        append("free", crc=None, **d.place(b"12345678"))(d)
+        section("free", stored=b"not a stream", coding=1)(d)
+
+    s.free(
+        "free-stream",
+        small(),
+        "A deflated section of free extents that does not inflate: opening needs it for RMM-072.",
+        free_stream,
+    )
+
     def text(d: Draft) -> None:
         d.preamble["minor"] = 1
         section(
@@ -2095,9 +2294,9 @@ def make() -> dict[str, bytes]:
     """Return every file of the set by its path."""
     s = Set()
     for part in (
-        containers, encodings, numerics, frames, targets_and_names, privates, header_rules,
+        containers, encodings, numerics, frames, trellis, targets_and_names, privates, header_rules,
         index_rules, table_rules, frame_rules, task_rules, entry_rules, private_rules,
-        extent_rules, payload_rules, optional_rules, free_verdicts,
+        extent_rules, payload_rules, trellis_rules, optional_rules, free_verdicts,
     ):  # fmt: skip
         part(s)
     order = ["valid", "invalid", "unsupported", "free"]

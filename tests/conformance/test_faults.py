@@ -84,3 +84,19 @@ def test_right_checksums_do_not_help_a_hostile_index() -> None:
                 collection.privates(task)
         except reference.Refused:
             pass
+
+
+@pytest.mark.parametrize("name", ["v-encoding-trellis", "v-trellis-mode-1"])
+def test_damaged_payload_loads_or_is_refused(name: str) -> None:
+    """Loading does not look at checksums, so that every byte of the payload is hostile here."""
+    data = BY_ID[name].data
+    entry = reference.open_file(data).table["TASK"][0]
+    for position in range(entry.offset, entry.offset + entry.length):
+        for value in (0x00, 0xFF, data[position] ^ 1):
+            damaged = bytearray(data)
+            damaged[position] = value
+            collection = reference.open_file(bytes(damaged))
+            try:
+                collection.load("task")
+            except reference.Refused as refused:
+                assert refused.rule in ("RMM-087", "RMM-061")  # noqa: PT017
