@@ -255,14 +255,14 @@ class Collection:
         return validate_bytes(self.buffer)
 
     def _task(self, name: str) -> int:
-        number = self._native.find_task(name)
-        if number < 0:
+        try:
+            return self._native.find_task(name)
+        except NotFoundError:
             raise NotFoundError(
                 f"no task is called {name!r}",
                 path=self.path or None,
                 hint=nearest(name, self.tasks),
-            )
-        return number
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
