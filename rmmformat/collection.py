@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rmmformat._native import File
 from rmmformat._native import Entry as NativeEntry
 from rmmformat.arena import ArenaPool
-from rmmformat.errors import NotFoundError, ShapeError
+from rmmformat.errors import NotFoundError, RmmError, ShapeError
 from rmmformat.format import layout
 from rmmformat.format.reader import Index, nearest, read_index
 from rmmformat.format.validate import Report, parse_metadata, validate_bytes
@@ -105,20 +105,27 @@ class Collection:
         """Close the file; closing twice is fine."""
         self._native.close()
 
+    @property
+    def _live(self) -> File:
+        """The native handle, or an error that says that there is none any more."""
+        if self._native.closed:
+            raise RmmError("the collection is closed", path=self.path or None)
+        return self._native
+
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the file (ascending)."""
-        return tuple(self._native.task_names())
+        return tuple(self._live.task_names())
 
     @cached_property
     def index(self) -> Index:
         """The tables of the file, as the Python reader has them."""
-        return read_index(self._native.buffer, self.path or None)
+        return read_index(self._live.buffer, self.path or None)
 
     @property
     def buffer(self) -> memoryview:
         """All bytes of the file, read-only."""
-        return self._native.buffer
+        return self._live.buffer
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -256,7 +263,7 @@ class Collection:
 
     def _task(self, name: str) -> int:
         try:
-            return self._native.find_task(name)
+            return self._live.find_task(name)
         except NotFoundError:
             raise NotFoundError(
                 f"no task is called {name!r}",
