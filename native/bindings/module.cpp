@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "rmm/rmm.h"
+#include "trellis.hpp"
 
 namespace py = pybind11;
 
@@ -398,6 +399,7 @@ PYBIND11_MODULE(_native, module) {
              "Compare the checksums of all payload that a task uses.")
         .def("validate", &File::validate, "Check every rule over every byte.");
 
+    add_trellis(module);
     module.def("validate_bytes", &validate_bytes, py::arg("data"), "Check every rule over every byte.");
     module.def("crc32c", &crc32c, py::arg("data"), py::arg("crc") = 0,
                "CRC32C of data, continued from crc.");

@@ -1,0 +1,207 @@
+// Decoding of trellis runs (8.3).
+
+#include "trellis.hpp"
+
+#if defined(__clang__)
+#define RMM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define RMM_UNROLL _Pragma("GCC unroll 16")
+#else
+#define RMM_UNROLL
+#endif
+
+namespace rmm {
+namespace trellis {
+namespace {
+
+// The entropy coder's input.
+struct Words {
+    const uint8_t* next;
+    const uint8_t* end;
+
+    uint64_t left() const { return static_cast<uint64_t>(end - next) / 2; }
+};
+
+// Takes a word into x if that is low. Unless CHECKED, the caller has seen that there is one to read,
+// and the compiler is led to conditional moves: the branch would be a coin toss.
+template <bool CHECKED>
+RMM_INLINE bool refill(uint32_t& x, Words& words) {
+    if (CHECKED) {
+        if (x >= STATE_LOW) return true;
+        if (words.next == words.end) return false;
+        x = x << 16 | u16(words.next);
+        words.next += 2;
+        return true;
+    }
+    const uint32_t refilled = x << 16 | u16(words.next);
+    const bool low = x < STATE_LOW;
+    x = low ? refilled : x;
+    words.next += low ? 2 : 0;
+    return true;
+}
+
+// What is the same for all values of a row.
+struct RowCode {
+    const uint32_t* slot;
+    uint32_t escape;
+    unsigned raw_bits;
+    float step;
+};
+
+// One value of a lane with entropy state x and trellis state s. False if a word is missing.
+template <bool RAW, bool CHECKED>
+RMM_INLINE bool decode_value(const RowCode& row, uint32_t& x, uint32_t& s, Words& words, uint32_t& seen, f32u& out) {
+    const uint32_t slot = row.slot[x & 4095];
+    uint32_t j = slot >> 24;
+    x = (slot >> 12 & 4095) * (x >> 12) + (slot & 4095);
+    if (!refill<CHECKED>(x, words)) return false;
+    if (j == row.escape) {
+        if (CHECKED && words.next == words.end) return false;
+        j += u16(words.next);
+        words.next += 2;
+    }
+    if (RAW) {
+        j = j << row.raw_bits | (x & ((1u << row.raw_bits) - 1));
+        x >>= row.raw_bits;
+        if (!refill<CHECKED>(x, words)) return false;
+        seen |= j;
+    }
+    const int32_t negative = -static_cast<int32_t>((s ^ j) & 1);
+    const int32_t m = (static_cast<int32_t>(2 * j + 1) ^ negative) - negative;
+    out = static_cast<float>(m) * row.step;
+    s = next_state(s, j);
+    return true;
+}
+
+template <unsigned LANES>
+class Decoder {
+  public:
+    explicit Decoder(const Run& run) : run_(run), words_{run.words, run.end} {
+        for (unsigned lane = 0; lane < LANES; ++lane) {
+            x_[lane] = u32(run.states + 4 * lane);
+            s_[lane] = 0;
+        }
+    }
+
+    const char* decode(const RowTarget& target) {
+        for (uint32_t x : x_) {
+            if (x < STATE_LOW) return "a state of the trellis run is too small";
+        }
+        for (uint64_t k = 0; k < run_.n_rows; ++k) {
+            if (run_.row_bytes[k] == 0) continue;
+            const Table& t = table(run_.row_bytes[k]);
+            const RowCode code = {t.slot, t.escape, t.raw_bits, row_step(run_.base, run_.row_bytes[k])};
+            f32u* out = target(k);
+            if (!(t.raw_bits == 0 ? row<false>(code, out) : row<true>(code, out))) {
+                return "the trellis run has too few words";
+            }
+        }
+        if (seen_ > MAX_INDEX) return "a level of the trellis run is too large";
+        if (words_.next != words_.end) return "the trellis run has words left over";
+        for (uint32_t x : x_) {
+            if (x != STATE_LOW) return "the trellis run does not end in its initial state";
+        }
+        return nullptr;
+    }
+
+  private:
+    template <bool RAW>
+    bool row(const RowCode& code, f32u* out) {
+        constexpr uint64_t MOST = LANES * (RAW ? 3 : 2);  // words that a value of each lane can take
+        const uint64_t n = run_.n;
+        uint64_t at = 0;
+        while (at < n) {
+            uint64_t rounds = words_.left() / MOST;
+            if (rounds > (n - at) / LANES) rounds = (n - at) / LANES;
+            if (rounds > 0) {
+                unchecked<RAW>(code, out + at, rounds);
+                at += rounds * LANES;
+                continue;
+            }
+            for (unsigned lane = 0; lane < LANES && at < n; ++lane, ++at) {
+                if (!decode_value<RAW, true>(code, x_[lane], s_[lane], words_, seen_, out[at])) return false;
+            }
+        }
+        return true;
+    }
+
+    // The states are copied to where the compiler can keep them in registers.
+    template <bool RAW>
+    void unchecked(const RowCode& shared, f32u* out, uint64_t rounds) {
+        const RowCode code = shared;
+        uint32_t x[LANES], s[LANES], seen = seen_;
+        Words words = words_;
+        std::memcpy(x, x_, sizeof x);
+        std::memcpy(s, s_, sizeof s);
+        for (; rounds > 0; --rounds, out += LANES) {
+            RMM_UNROLL
+            for (unsigned lane = 0; lane < LANES; ++lane) {
+                decode_value<RAW, false>(code, x[lane], s[lane], words, seen, out[lane]);
+            }
+        }
+        std::memcpy(x_, x, sizeof x);
+        std::memcpy(s_, s, sizeof s);
+        words_ = words;
+        seen_ = seen;
+    }
+
+    const Run& run_;
+    Words words_;
+    uint32_t x_[LANES], s_[LANES];
+    uint32_t seen_ = 0;  // all indices with raw bits, OR-ed
+};
+
+}  // namespace
+
+uint64_t run_bytes(const uint8_t* data, uint64_t available) {
+    uint64_t length = 0;
+    for (unsigned i = 0; i < 5 && i < available; ++i) {
+        length |= static_cast<uint64_t>(data[i] & 127) << (7 * i);
+        if (data[i] & 128) continue;
+        if ((i > 0 && data[i] == 0) || length > UINT32_MAX || length > available - (i + 1)) return 0;
+        return i + 1 + length;
+    }
+    return 0;
+}
+
+const char* parse(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n, Run& run) {
+    if (n_bytes == 0 || run_bytes(data, n_bytes) != n_bytes) return "the length of the trellis run is malformed";
+    const uint8_t* at = data;
+    while (*at++ & 128) {
+    }
+    const uint64_t length = n_bytes - static_cast<uint64_t>(at - data);
+    constexpr const char* SHORT = "the trellis run is too short";
+    if (length < 2 || length - 2 < n_rows) return SHORT;
+    run.base = u16(at);
+    run.n_rows = n_rows;
+    run.n = n;
+    run.row_bytes = at + 2;
+    if (const char* wrong = check_steps(run.base, run.row_bytes, n_rows)) return wrong;
+    run.n_coded = 0;
+    for (uint64_t k = 0; k < n_rows; ++k) run.n_coded += run.row_bytes[k] != 0;
+    uint64_t n_values;
+    if (!multiply(run.n_coded, n, n_values)) n_values = UINT64_MAX;
+    run.lanes = lanes_of(n_values);
+    const uint64_t rest = length - 2 - n_rows;
+    if (rest < 4 * run.lanes) return SHORT;
+    if (rest % 2 != 0) return "the trellis run ends within a word";
+    run.states = run.row_bytes + n_rows;
+    run.words = run.states + 4 * run.lanes;
+    run.end = data + n_bytes;
+    // A symbol takes at least 0.025 bit, a state holds 16 that can be used and a word 16.1: a run with
+    // more values than this lacks words, and this way nobody allocates memory to find that out.
+    const uint64_t n_words = (rest - 4 * run.lanes) / 2;
+    if (n_values > 1024 * (run.lanes + n_words)) return "the trellis run has too few words";
+    return nullptr;
+}
+
+const char* decode(const Run& run, const RowTarget& target) {
+    switch (run.lanes) {
+        case 1: return Decoder<1>(run).decode(target);
+        case 4: return Decoder<4>(run).decode(target);
+        default: return Decoder<MAX_LANES>(run).decode(target);
+    }
+}
+
+}  // namespace trellis
+}  // namespace rmm
