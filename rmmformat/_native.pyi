@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 class Entry(NamedTuple):
     """What a task stores at one target, and where its factors go in an arena."""
 
@@ -63,3 +66,16 @@ class File:
 
 def validate_bytes(data: Any) -> list[Violation]: ...
 def crc32c(data: Any, crc: int = 0) -> int: ...
+def trellis_encode(
+    rows: npt.NDArray[np.float32],
+    row_bytes: npt.NDArray[np.uint8],
+    base: int,
+    lambdas: npt.NDArray[np.float32],
+    families: int = 0,
+) -> tuple[bytes, npt.NDArray[np.float32]]: ...
+def trellis_decode(data: Any, k: int, n: int) -> tuple[npt.NDArray[np.float32], int]: ...
+def trellis_check(data: Any, k: int, n: int) -> None: ...
+def trellis_run_bytes(data: Any) -> int: ...
+def trellis_table(
+    number: int,
+) -> tuple[int, npt.NDArray[np.uint16], npt.NDArray[np.float32]]: ...
