@@ -1,7 +1,7 @@
 """A whole collection of low-rank adapters in one checked ``.rmm`` file, and any task back at once.
 
 >>> import rmmformat as rmm
->>> rmm.convert(["adapters/sst2", "adapters/mnli"], "glue.rmm", components=3)  # doctest: +SKIP
+>>> rmm.convert(["adapters/sst2", "adapters/mnli"], "glue.rmm", max_error=0.05)  # doctest: +SKIP
 >>> with rmm.open("glue.rmm") as collection:  # doctest: +SKIP
 ...     task = collection.load("sst2")
 ...     A = task["bert.encoder.layer.0.attention.self.query"].A
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from rmmformat.coding import Align
-    from rmmformat.pipeline import ConvertReport, Progress
     from rmmformat.merge.rmm import Grouping
+    from rmmformat.pipeline import ConvertReport, Progress
 
 __all__ = [
     "Collection",
@@ -47,6 +47,8 @@ def convert(
     sources: _Path | Iterable[_Path] | Mapping[str, _Path],
     path: _Path,
     *,
+    max_error: float | str | None = None,
+    size: float | str | None = None,
     components: int | None = None,
     exact: bool = False,
     grouping: Grouping | None = None,
@@ -68,10 +70,15 @@ def convert(
         Adapter folders, a folder of them, ``NAME=PATH`` strings, or a mapping of names to paths.
     path
         The file to write; it appears whole or not at all.
+    max_error
+        Every delta's relative error stays within this bound, in as few bytes as can be: 0.05, or
+        ``"5%"``.  This is what happens, with 0.05, if nothing else is asked for.
+    size
+        The factors take at most this part of their bytes, with errors as small as can be.
     components
         RMM as published, with this many directions a position.
     exact
-        Every factor bit for bit: what happens if nothing else is asked for.
+        Every factor bit for bit.
     grouping
         ``"position"`` (default), ``"factor"``, ``"row"``, or a number of positions.
     align
@@ -99,12 +106,18 @@ def convert(
     SourceError, UnsupportedError, LossyConversionError, OptionError, RmmError
         Each says what, where and what to do; nothing half-written is left.
     """
-    from rmmformat.pipeline import convert as run
     from rmmformat.converters.base import Options
     from rmmformat.methods import choose_method
+    from rmmformat.pipeline import convert as run
 
     method = choose_method(
-        components=components, exact=exact, grouping=grouping, align=align, encoding=encoding
+        max_error=max_error,
+        size=size,
+        components=components,
+        exact=exact,
+        grouping=grouping,
+        align=align,
+        encoding=encoding,
     )
     return run(
         sources,

@@ -1,38 +1,81 @@
 """One target's factors of all tasks, to what the container stores of them.
 
 Joins the mathematics (:mod:`rmmformat.merge`) to the encodings of rows; reads and writes no file.
-:func:`code_target` is a pure function of its arguments, so targets can be coded anywhere and in any
-order.
+A *method* is what the user asked for; :meth:`prepare` makes of it a *job* for each target, having
+looked at all targets first where it has to.  :func:`code_target` is a pure function of a job and
+the target's factors, so targets can be coded anywhere and in any order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rmmformat.errors import ShapeError
-from rmmformat.format import layout
-from rmmformat.format.encodings import by_name, decode_run, encode_run
+from rmmformat.format.encodings import by_name
 from rmmformat.format.restore import sum_terms
 from rmmformat.format.writer import EncodedArray, EntryData, FramePart
-from rmmformat.merge.error import relative_error
 from rmmformat.merge.gauge import align as align_factors
 from rmmformat.merge.rmm import Grouping, max_components, merge, pad_rank
 from rmmformat.model import Factors
+from rmmformat.planned import ErrorPlan, SizePlan, code_to_error, code_to_size, plan_size, survey
+from rmmformat.rows import (
+    CodedTarget,
+    common_dtype,
+    digest,
+    dtype_codes,
+    encode_rows,
+    exact_rows,
+    measure,
+)
 
-__all__ = ["Align", "CodedTarget", "Exact", "Method", "Plain", "Published", "code_target"]
+__all__ = [
+    "Align",
+    "CodedTarget",
+    "Exact",
+    "Job",
+    "MaxError",
+    "Method",
+    "Plain",
+    "Published",
+    "Size",
+    "Targets",
+    "code_target",
+]
 
 Float32 = npt.NDArray[np.float32]
 Align = Literal["none", "svd", "procrustes"]
 
 
+class Targets(Protocol):
+    """All targets of a collection, as a method sees them before it codes any."""
+
+    @property
+    def keys(self) -> Sequence[Hashable]:
+        """The targets, in the order of the file."""
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of all factors as stored by the sources."""
+
+    def map(self, function: Callable[[Sequence[Factors]], Any]) -> Iterable[tuple[Hashable, Any]]:
+        """Apply a pure function to every target's factors; results come in any order."""
+
+
+class _Uniform:
+    """A method that does the same to every target."""
+
+    def prepare(self, _targets: Targets) -> Callable[[Hashable], Job]:
+        """Give the job of each target."""
+        return lambda _key: self  # type: ignore[return-value]  # every subclass is a Job
+
+
 @dataclasses.dataclass(frozen=True)
-class Published:
+class Published(_Uniform):
     """RMM as published: a mean, p directions, and every task's coefficients (arXiv 2510.14163).
 
     Without an encoding rows are kept in the dtype of the originals, so that a merge of f16 adapters
@@ -50,7 +93,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(_Uniform):
     """Every task on its own, all rows in one encoding."""
 
     encoding: str
@@ -62,7 +105,7 @@ class Plain:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exact:
+class Exact(_Uniform):
     """Every factor bit for bit in its own dtype; one that several tasks have is stored once."""
 
     def describe(self) -> dict[str, object]:
@@ -70,32 +113,55 @@ class Exact:
         return {"name": "exact"}
 
 
-Method = Published | Plain | Exact
+@dataclasses.dataclass(frozen=True)
+class MaxError:
+    """Every delta within a relative error, in as few bytes as can be."""
+
+    max_error: float
+
+    def describe(self) -> dict[str, object]:
+        """Name and parameters for the metadata."""
+        return {"name": "planned", "max_error": self.max_error}
+
+    def prepare(self, _targets: Targets) -> Callable[[Hashable], Job]:
+        """Give the job of each target: the bound is each delta's own."""
+        return lambda _key: ErrorPlan(self.max_error)
 
 
 @dataclasses.dataclass(frozen=True)
-class CodedTarget:
-    """What the container stores of one target.
+class Size:
+    """All factors in this part of their bytes, with errors as small and even as can be."""
 
-    Attributes
-    ----------
-    frames
-        Shared parts, cluster 1 first: one part for A and one for B, or None.
-    entries
-        For each task, in the order given; `error` is measured on the decoded bytes.
-    """
+    size: float
 
-    frames: tuple[tuple[FramePart | None, FramePart | None], ...]
-    entries: tuple[EntryData, ...]
+    def describe(self) -> dict[str, object]:
+        """Name and parameters for the metadata."""
+        return {"name": "planned", "size": self.size}
+
+    def prepare(self, targets: Targets) -> Callable[[Hashable], Job]:
+        """Survey all targets, and share the budget out among them.
+
+        Raises
+        ------
+        OptionError
+            Nothing fits.
+        """
+        found = dict(targets.map(survey))
+        ordered = [(key, found[key]) for key in targets.keys]
+        return plan_size(ordered, self.size * targets.original_bytes).__getitem__
 
 
-def code_target(method: Method, factors: Sequence[Factors]) -> CodedTarget:
+Method = Published | Plain | Exact | MaxError | Size
+Job = Published | Plain | Exact | ErrorPlan | SizePlan
+
+
+def code_target(job: Job, factors: Sequence[Factors]) -> CodedTarget:
     """Code one target of a collection.
 
     Parameters
     ----------
-    method
-        How.
+    job
+        How: what the method's ``prepare`` gives for this target.
     factors
         The tasks' factors, A (rank, n_in) and B (n_out, rank); ranks may differ, sides may not.
 
@@ -115,54 +181,14 @@ def code_target(method: Method, factors: Sequence[Factors]) -> CodedTarget:
         Published: _published,
         Plain: _plain,
         Exact: _exact,
+        ErrorPlan: code_to_error,
+        SizePlan: code_to_size,
     }
-    return coders[type(method)](method, factors)
-
-
-def encode_rows(rows: Float32, code: int) -> tuple[EncodedArray, Float32]:
-    """Encode rows (n, length), all-zero ones as nothing, and give them as they will be read.
-
-    A row that the encoding would turn into infinities (binary16 ends at 65,504) is kept as f32.
-    """
-    rows = np.ascontiguousarray(rows, np.float32)
-    decoded = decode_run(code, encode_run(code, rows), *rows.shape)
-    codes = np.full(len(rows), code)
-    overflow = ~np.isfinite(decoded).all(axis=1) & np.isfinite(rows).all(axis=1)
-    codes[overflow] = layout.FACTOR_DTYPES["f32"]
-    codes[(rows.view(np.uint32) == 0).all(axis=1)] = 0
-    return _runs(rows, codes)
-
-
-def _runs(rows: Float32, codes: npt.NDArray[np.int64]) -> tuple[EncodedArray, Float32]:
-    """Encode row i as codes[i]: rows of equal code that follow one another make a run."""
-    cuts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
-    runs, raws, decoded = [], [], []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-        code = int(codes[start])
-        raws.append(encode_run(code, rows[start:stop]))
-        runs.append((code, stop - start))
-        decoded.append(decode_run(code, raws[-1], stop - start, rows.shape[1]))
-    return EncodedArray(tuple(runs), tuple(raws)), np.concatenate(decoded)
-
-
-def _dtype_codes(factors: Factors) -> tuple[int, int]:
-    codes = layout.dtype_code(factors.A.dtype), layout.dtype_code(factors.B.dtype)
-    if not all(code in layout.FACTOR_DTYPES.values() for code in codes):
-        raise ShapeError(f"factors must be f32, f16 or bf16: {factors.A.dtype}, {factors.B.dtype}")
-    return codes  # type: ignore[return-value]  # None is not among the values
-
-
-def _common_dtype(factors: Sequence[Factors]) -> int:
-    codes = {code for f in factors for code in _dtype_codes(f)}
-    return codes.pop() if len(codes) == 1 else layout.FACTOR_DTYPES["f32"]
-
-
-def _error(original: Factors, A: Float32, B_rows: Float32) -> float:
-    return relative_error(original.A, original.B, original.scale, A, B_rows.T, original.scale)
+    return coders[type(job)](job, factors)
 
 
 def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
-    code = _common_dtype(factors) if method.encoding is None else by_name(method.encoding).code
+    code = common_dtype(factors) if method.encoding is None else by_name(method.encoding).code
     pairs = [(f.A, f.B) for f in factors]
     if method.align != "none":
         pairs = list(align_factors(pairs, method.align))
@@ -172,7 +198,7 @@ def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
     )
     parts, coefficients, restore = [], [], []
     for stack in sides:
-        part, numbers, terms = _shared(stack, method, code)
+        part, numbers, terms = _shared(stack, [f.rank for f in factors], method, code)
         parts.append(part)
         coefficients.append(numbers)
         restore.append(terms)
@@ -189,23 +215,23 @@ def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
                 None,
                 own[1],
                 None,
-                *_dtype_codes(original),
-                error=_error(original, rows[0], rows[1]),
+                *dtype_codes(original),
+                error=measure(original, rows[0], rows[1]),
             )
         )
     return CodedTarget(((parts[0], parts[1]),), tuple(entries))
 
 
 def _shared(
-    stack: npt.NDArray[np.float64], method: Published, code: int
+    stack: npt.NDArray[np.float64], ranks: Sequence[int], method: Published, code: int
 ) -> tuple[FramePart, list[EncodedArray] | None, Callable[[int, int], Float32]]:
     """Shared part of one factor, every task's coefficients, and how a task comes back."""
     n, rank, length = stack.shape
     mixing = method.grouping == "row"
-    group = {"position": 1, "factor": length, "row": length}.get(
-        method.grouping, method.grouping  # type: ignore[arg-type]
-    )
-    n_values = length if mixing else rank * min(int(group), length)
+    group = {"position": 1}.get(str(method.grouping), length)
+    if isinstance(method.grouping, int):
+        group = method.grouping
+    n_values = length if mixing else rank * min(group, length)
     p = min(method.components, max_components(n, n_values, rows=rank if mixing else 1))
     shared, numbers = merge(stack, p, method.grouping)
     assert shared.mean is not None  # merged with centring  # noqa: S101
@@ -216,7 +242,12 @@ def _shared(
     basis, basis_read = encode_rows(shared.basis.reshape(-1, length), code)
     directions = basis_read.reshape(p, -1, length)
     encoded, read = zip(
-        *(encode_rows(task.reshape(p, -1), code) for task in numbers), strict=True
+        # With row mixing a task has coefficients for each of its own rows (Kc = its rank).
+        *(
+            encode_rows(task[:, : r if mixing else 1].reshape(p, -1), code)
+            for task, r in zip(numbers, ranks, strict=True)
+        ),
+        strict=True,
     )
     part = FramePart(shared.group, p, rank, mean, basis, mixing)
 
@@ -243,8 +274,8 @@ def _plain(method: Plain, factors: Sequence[Factors]) -> CodedTarget:
         (coded_a, read_a), (coded_b, read_b) = (
             encode_rows(rows.astype(np.float32), code) for rows in (a, b.T)
         )
-        error = _error(original, read_a, read_b)
-        codes = _dtype_codes(original)
+        error = measure(original, read_a, read_b)
+        codes = dtype_codes(original)
         entries.append(
             EntryData(
                 original.scale, original.rank, 0, None, coded_a, None, coded_b, *codes, error=error
@@ -254,8 +285,8 @@ def _plain(method: Plain, factors: Sequence[Factors]) -> CodedTarget:
 
 
 def _exact(_method: Exact, factors: Sequence[Factors]) -> CodedTarget:
-    sides = [[_exact_rows(f.A) for f in factors], [_exact_rows(f.B.T) for f in factors]]
-    keys = [[_digest(array) for array in side] for side in sides]
+    sides = [[exact_rows(f.A) for f in factors], [exact_rows(f.B.T) for f in factors]]
+    keys = [[digest(array) for array in side] for side in sides]
     shared_keys = [
         tuple(key if key is not None and side.count(key) > 1 else None for side, key in
               zip(keys, pair, strict=True))
@@ -286,33 +317,8 @@ def _exact(_method: Exact, factors: Sequence[Factors]) -> CodedTarget:
                 residual[0],
                 None,
                 residual[1],
-                *_dtype_codes(original),
+                *dtype_codes(original),
                 error=0.0,
             )
         )
     return CodedTarget(tuple(frames), tuple(entries))
-
-
-def _exact_rows(rows: npt.NDArray[np.generic]) -> EncodedArray:
-    """Rows in their own dtype, all-zero ones as nothing; bytes are copied, never converted."""
-    rows = np.ascontiguousarray(rows)
-    code = layout.dtype_code(rows.dtype)
-    assert code is not None  # checked with the dtypes of the entry  # noqa: S101
-    bits = rows.view(np.uint32 if rows.dtype.itemsize == 4 else np.uint16)
-    codes = np.where((bits == 0).all(axis=1), 0, code)
-    cuts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
-    spans = list(zip(cuts[:-1], cuts[1:], strict=True))
-    return EncodedArray(
-        tuple((int(codes[start]), stop - start) for start, stop in spans),
-        tuple(rows[start:stop].tobytes() if codes[start] else b"" for start, stop in spans),
-    )
-
-
-def _digest(array: EncodedArray) -> str | None:
-    """Key of equal arrays; None for one that holds NaN or infinity, which only a residual keeps."""
-    for (code, _), raw in zip(array.layout, array.runs, strict=True):
-        if code and not np.isfinite(np.frombuffer(raw, layout.DTYPES[code])).all():
-            return None
-    return hashlib.sha256(repr(array.layout).encode() + b"".join(array.runs)).hexdigest()
-
-

@@ -1,17 +1,19 @@
 """Many adapters to one file: sources in, a file and a report out.
 
-Streams one target at a time: memory is bounded by the largest target of all tasks, times the
-number of workers, whatever the size of the collection.
+Streams one target at a time, twice where a method wants to see all of them before it codes any:
+memory is bounded by the largest target of all tasks, times the number of workers, whatever the size
+of the collection.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,13 +25,24 @@ from rmmformat.errors import RmmError
 from rmmformat.format.catalog import TargetKey
 from rmmformat.format.writer import Writer
 from rmmformat.merge.error import summarize
-from rmmformat.model import LedgerLine, SourceTask
+from rmmformat.model import Factors, LedgerLine, SourceTask
 
-__all__ = ["ConvertReport", "Progress", "TaskReport", "convert", "open_sources", "parse_source"]
+__all__ = [
+    "CollectionTargets",
+    "ConvertReport",
+    "Progress",
+    "TaskReport",
+    "convert",
+    "group_targets",
+    "open_sources",
+    "open_tasks",
+    "parse_source",
+]
 
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 Source = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +74,8 @@ class ConvertReport:
         Bytes of private tensors, identical ones counted once.
     file_bytes
         Length of the file.
+    mean_error, median_error, max_error
+        Over all deltas of all tasks.
     """
 
     path: str
@@ -70,6 +85,9 @@ class ConvertReport:
     factor_bytes: int
     private_bytes: int
     file_bytes: int
+    mean_error: float
+    median_error: float
+    max_error: float
 
     @property
     def fraction(self) -> float:
@@ -101,6 +119,8 @@ def open_sources(
         A path, several, ``NAME=PATH`` strings, or a mapping of names to paths.
     kind
         The format of all; detected where None.
+    options
+        What is allowed of a source.
 
     Raises
     ------
@@ -175,22 +195,22 @@ def convert(
     SourceError, UnsupportedError, LossyConversionError, RmmError
         As the sources, the container and the method have it; nothing is left behind.
     """
-    tasks = _tasks(sources, kind, options)
+    tasks = open_tasks(sources, kind, options)
     base = _first_base(tasks) if allow_base_mismatch else check_base(tasks)
-    by_target = _group(tasks)
+    by_target = group_targets(tasks)
     errors: dict[str, dict[str, float]] = {task.name: {} for task in tasks}
     with Writer(path, overwrite=overwrite) as writer:
         for task in tasks:
             writer.add_task(task.name)
-        done = 0
-        for key, members, coded in _coded(method, by_target, executor):
+        coded_targets = _coded(method, by_target, executor, progress)
+        for done, (key, coded) in enumerate(coded_targets, 1):
+            members = by_target[key]
             clusters = [writer.add_frame(key, a, b) for a, b in coded.frames]
             for task, entry in zip(members, coded.entries, strict=True):
                 if entry.cluster:
                     entry = dataclasses.replace(entry, cluster=clusters[entry.cluster - 1])
                 writer.add_entry(task.name, key, entry)
                 errors[task.name][key.name] = entry.error
-            done += 1
             if progress is not None:
                 progress("targets", done, len(by_target))
         for done, task in enumerate(tasks, 1):
@@ -201,6 +221,8 @@ def convert(
         metadata = _metadata(tasks, base, method, errors)
         file_bytes = writer.finish(metadata)
         factor_bytes, private_bytes = writer.factor_bytes, writer.private_bytes
+    every = [error for of_task in errors.values() for error in of_task.values()]
+    summary = summarize(every or [0.0])
     reports = tuple(_task_report(task, errors[task.name]) for task in tasks)
     return ConvertReport(
         os.fspath(path),
@@ -210,10 +232,14 @@ def convert(
         factor_bytes,
         private_bytes,
         file_bytes,
+        summary.mean,
+        summary.median,
+        summary.max,
     )
 
 
-def _tasks(sources: Any, kind: str | None, options: Options) -> list[SourceTask]:
+def open_tasks(sources: Any, kind: str | None, options: Options) -> list[SourceTask]:
+    """Open sources as :func:`open_sources` does; take tasks that are open already as they are."""
     if isinstance(sources, Sequence) and sources and hasattr(sources[0], "factors"):
         return list(sources)
     return open_sources(sources, kind=kind, options=options)
@@ -223,7 +249,7 @@ def _first_base(tasks: Sequence[SourceTask]) -> str:
     return next((task.base_model for task in tasks if task.base_model), "")
 
 
-def _group(tasks: Sequence[SourceTask]) -> dict[TargetKey, list[SourceTask]]:
+def group_targets(tasks: Sequence[SourceTask]) -> dict[TargetKey, list[SourceTask]]:
     """Tasks by target; targets of one name and different shapes stay apart."""
     grouped: dict[TargetKey, list[SourceTask]] = {}
     for task in sorted(tasks, key=lambda task: task.name.encode()):
@@ -236,28 +262,69 @@ def _coded(
     method: Method,
     by_target: Mapping[TargetKey, list[SourceTask]],
     executor: Executor | None,
-) -> Iterable[tuple[TargetKey, list[SourceTask], CodedTarget]]:
-    """Code every target; with an executor a few are under way at once, never all."""
+    progress: Progress | None = None,
+) -> Iterator[tuple[TargetKey, CodedTarget]]:
+    """Code every target as the method has it, in any order."""
+    job = method.prepare(CollectionTargets(by_target, executor, progress))
+    return _mapped(lambda key: functools.partial(code_target, job(key)), by_target, executor)
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectionTargets:
+    """All targets, for a method that looks at them before it codes any."""
+
+    by_target: Mapping[TargetKey, list[SourceTask]]
+    executor: Executor | None
+    progress: Progress | None
+
+    @property
+    def keys(self) -> Sequence[TargetKey]:
+        """The targets, in the order of the file."""
+        return list(self.by_target)
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of all factors as stored by the sources."""
+        return sum(
+            task.targets[key.name].n_bytes
+            for key, tasks in self.by_target.items()
+            for task in tasks
+        )
+
+    def map(self, function: Callable[[Sequence[Factors]], Any]) -> Iterator[tuple[Hashable, Any]]:
+        """Apply a pure function to every target's factors; results come in any order."""
+        results = _mapped(lambda _key: function, self.by_target, self.executor)
+        for done, (key, result) in enumerate(results, 1):
+            yield key, result
+            if self.progress is not None:
+                self.progress("survey", done, len(self.by_target))
+
+
+def _mapped(
+    function_of: Callable[[TargetKey], Callable[[Sequence[Factors]], T]],
+    by_target: Mapping[TargetKey, list[SourceTask]],
+    executor: Executor | None,
+) -> Iterator[tuple[TargetKey, T]]:
+    """Apply each target's function to its factors; with an executor a few are under way at once."""
     if executor is None:
         for key, members in by_target.items():
-            yield key, members, code_target(method, [task.factors(key.name) for task in members])
+            yield key, function_of(key)([task.factors(key.name) for task in members])
         return
     ahead = 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
-    running: dict[Future[CodedTarget], TargetKey] = {}
+    running: dict[Future[T], TargetKey] = {}
     waiting = iter(by_target)
     exhausted = False
     try:
         while running or not exhausted:
             while not exhausted and len(running) < ahead:
-                key = next(waiting, None)
-                if key is None:
+                following = next(waiting, None)
+                if following is None:
                     exhausted = True
                     break
-                factors = [task.factors(key.name) for task in by_target[key]]
-                running[executor.submit(code_target, method, factors)] = key
+                factors = [task.factors(following.name) for task in by_target[following]]
+                running[executor.submit(function_of(following), factors)] = following
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key = running.pop(future)
-                yield key, by_target[key], future.result()
+                yield running.pop(future), future.result()
     finally:
         for future in running:
             future.cancel()

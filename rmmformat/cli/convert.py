@@ -8,9 +8,9 @@ import click
 
 from rmmformat.cli._exit import Verb
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
-from rmmformat.pipeline import ConvertReport, convert
 from rmmformat.converters.base import Options
-from rmmformat.methods import choose_method
+from rmmformat.methods import DEFAULT_MAX_ERROR, choose_method
+from rmmformat.pipeline import ConvertReport, convert
 
 __all__ = ["command"]
 
@@ -26,19 +26,51 @@ def _grouping(_ctx: object, _param: object, value: str | None) -> str | int | No
 @click.command(cls=Verb, short_help="Turn adapters into one file.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="File to write.")
-@click.option("--components", type=click.IntRange(0), metavar="P",
-              help="RMM as published: P shared directions and P coefficients a position.")
-@click.option("--exact", is_flag=True, help="Every factor bit for bit (default).")
-@click.option("--encoding", metavar="NAME",
-              help="f32, f16, bf16, q8, q4, ... of all rows (default: as the originals); "
-              "without --components: each task on its own.")
-@click.option("--grouping", callback=_grouping, metavar="position|factor|row|M",
-              help="With --components: what shares a coefficient.  [default: position]")
-@click.option("--align", type=click.Choice(["none", "svd", "procrustes"]),
-              help="Re-express factors before merging.  [default: none]")
+@click.option(
+    "--max-error",
+    metavar="E",
+    help="Keep every delta within this relative error (0.05 or 5%), in as few bytes as "
+    "can be.  [default: 5%]",
+)
+@click.option(
+    "--size",
+    "part",
+    metavar="FRACTION",
+    help="Take at most this part of the originals' factor bytes (0.03 or 3%), with "
+    "errors as small as can be.",
+)
+@click.option("--exact", is_flag=True, help="Keep every factor bit for bit.")
+@click.option(
+    "--components",
+    type=click.IntRange(0),
+    metavar="P",
+    help="RMM as published: P shared directions and P coefficients a position.",
+)
+@click.option(
+    "--encoding",
+    metavar="NAME",
+    help="f32, f16, bf16, q8, q4, ... of all rows (default: as the originals); "
+    "without --components: each task on its own.",
+)
+@click.option(
+    "--grouping",
+    callback=_grouping,
+    metavar="position|factor|row|M",
+    help="With --components: what shares a coefficient.  [default: position]",
+)
+@click.option(
+    "--align",
+    type=click.Choice(["none", "svd", "procrustes"]),
+    help="Re-express factors before merging.  [default: none]",
+)
 @click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True,
-              help="Processes that code targets.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that code targets.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases.")
 @click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
@@ -46,27 +78,37 @@ def _grouping(_ctx: object, _param: object, value: str | None) -> str | int | No
 @click.option("--ledger", is_flag=True, help="List what became of every tensor, field and file.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    sources: tuple[str, ...], output: str, components: int | None, exact: bool,
-    encoding: str | None, grouping: str | int | None, align: str | None, kind: str | None,
-    workers: int, allow_nonfinite: bool, allow_base_mismatch: bool, no_pickle: bool, force: bool,
+    sources: tuple[str, ...], output: str, max_error: str | None, part: str | None,
+    exact: bool, components: int | None, encoding: str | None, grouping: str | int | None,
+    align: str | None, kind: str | None, workers: int,
+    allow_nonfinite: bool, allow_base_mismatch: bool, no_pickle: bool, force: bool,
     ledger: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Turn adapters into one .rmm file.
+    r"""Turn adapters into one .rmm file.
 
     A SOURCE is an adapter folder, a folder of adapter folders, or NAME=SOURCE to choose the task's
-    name.  The last lines give the size against the originals and the measured error of every task.
+    name.  One dial says how small or how faithful: --max-error, --size or --exact; --components and
+    --encoding are methods of their own.  The last lines give the size against the originals and the
+    measured error of every task.
 
     \b
     Example:
-      rmm convert adapters/ -o skills.rmm --components 3
+      rmm convert adapters/ -o skills.rmm --size 3%
     """
     method = choose_method(
+        max_error=max_error,
+        size=part,
         components=components,
         exact=exact,
         grouping=grouping,  # type: ignore[arg-type]  # the callback has narrowed it
         align=align,  # type: ignore[arg-type]
         encoding=encoding,
     )
+    if (max_error, part, components, encoding) == (None,) * 4 and not exact:
+        note(
+            f"keeping every delta within {percent(DEFAULT_MAX_ERROR)}; choose with --max-error E, "
+            "--size FRACTION or --exact"
+        )
     options = Options(allow_pickle=not no_pickle, allow_nonfinite=allow_nonfinite)
     executor = ProcessPoolExecutor(workers) if workers > 1 else None
     try:
@@ -110,6 +152,10 @@ def _show(report: ConvertReport, ledger: bool, as_json: bool) -> None:
     ]  # fmt: skip
     columns = ("task", ">targets", ">original", ">mean error", ">median", ">max", "worst target")
     print_table(report.path, columns, rows)
+    click.echo(
+        f"error of all deltas: mean {percent(report.mean_error)}, median "
+        f"{percent(report.median_error)}, max {percent(report.max_error)}"
+    )
     click.echo(
         f"factors {size(report.factor_bytes)} of {size(report.original_bytes)} "
         f"({percent(report.fraction)}), private tensors {size(report.private_bytes)}, "

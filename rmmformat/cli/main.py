@@ -11,7 +11,7 @@ from rmmformat._version import __version__
 __all__ = ["main"]
 
 #: Verb to the module that has it as ``command``, in the order of the help text.
-VERBS = ("convert", "info", "validate", "export", "dump", "formats")
+VERBS = ("plan", "convert", "info", "validate", "export", "dump", "formats")
 
 
 class _Verbs(click.Group):
@@ -36,11 +36,12 @@ class _Verbs(click.Group):
 )
 @click.version_option(__version__, prog_name="rmm")
 def main() -> None:
-    """A whole collection of low-rank adapters in one checked .rmm file.
+    r"""A whole collection of low-rank adapters in one checked .rmm file.
 
     \b
     Example:
-      rmm convert adapters/ -o skills.rmm
+      rmm plan adapters/
+      rmm convert adapters/ -o skills.rmm --max-error 5%
       rmm info skills.rmm
       rmm export skills.rmm sst2 --to peft -o sst2/
     """

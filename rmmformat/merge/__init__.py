@@ -20,7 +20,7 @@ from rmmformat.merge.baselines import (
     truncate_rank,
 )
 from rmmformat.merge.error import Summary, delta_norm, relative_error, summarize
-from rmmformat.merge.gauge import align, procrustes, svd_gauge
+from rmmformat.merge.gauge import align, delta_svd, procrustes, svd_gauge
 from rmmformat.merge.lore import LoreResult, lore, lore_merge
 from rmmformat.merge.rmm import (
     Shared,
@@ -39,6 +39,7 @@ __all__ = [
     "align",
     "dare",
     "delta_norm",
+    "delta_svd",
     "factor_storage_fraction",
     "lore",
     "lore_merge",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from rmmformat.errors import ShapeError
 
-__all__ = ["Method", "align", "check_factors", "procrustes", "svd_gauge"]
+__all__ = ["Method", "align", "check_factors", "delta_svd", "procrustes", "svd_gauge"]
 
 Array = npt.NDArray[np.generic]
 F64 = npt.NDArray[np.float64]
@@ -34,13 +34,53 @@ def check_factors(A: Array, B: Array) -> None:
         )
 
 
+def delta_svd(A: Array, B: Array) -> tuple[F64, F64, F64]:
+    """Singular value decomposition ``B A = U diag(s) V`` of a delta that is never formed.
+
+    Signs: in each column u of U the signed sum of squares, sum u |u|, is positive, so that no
+    single value decides (Bro, Acar & Kolda 2008, who project the data on the direction; here that
+    is s times the column of the other factor).
+
+    Parameters
+    ----------
+    A
+        (r, n_in), any real dtype.
+    B
+        (n_out, r), any real dtype.
+
+    Returns
+    -------
+    U : (n_out, q) float64
+    s : (q,) float64
+        Falling; exact zeros beyond the rank of the delta.
+    V : (q, n_in) float64
+        q is the least of r, n_in and n_out.
+
+    Raises
+    ------
+    ShapeError
+        If the factors do not fit together.
+
+    Notes
+    -----
+    QR of both factors and the SVD of an r x r matrix: O((n_in + n_out) r^2).
+    """
+    check_factors(A, B)
+    q_b, r_b = np.linalg.qr(B.astype(np.float64))
+    q_a, r_a = np.linalg.qr(A.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    # What is left of an exact zero after rounding would come back as its root, 1e-8 of the largest.
+    s[s <= _NOISE * len(s) * s.max(initial=0.0)] = 0.0
+    left, right = q_b @ u, vt @ q_a.T
+    sign = np.where((left * np.abs(left)).sum(axis=0) < 0.0, -1.0, 1.0)
+    return left * sign, s, right * sign[:, None]
+
+
 def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
     """Rewrite a delta as ``B' A'`` with ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``.
 
     Component k then carries exactly s_k^2 of the energy of ``B A``, in falling order, split
-    evenly between the two factors.  Signs: in each column b of B' the signed sum of squares,
-    sum b |b|, is positive, so that no single value decides (Bro, Acar & Kolda 2008, who project the
-    data on the direction; here that is s times the column of the other factor).
+    evenly between the two factors.
 
     Parameters
     ----------
@@ -60,26 +100,14 @@ def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
     ShapeError
         If the factors do not fit together.
 
-    Notes
-    -----
-    QR of both factors and the SVD of an r x r matrix: O((n_in + n_out) r^2), and the delta is
-    never formed.
+    Source: :func:`delta_svd`.
     """
-    check_factors(A, B)
-    q_b, r_b = np.linalg.qr(B.astype(np.float64))
-    q_a, r_a = np.linalg.qr(A.T.astype(np.float64))
-    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    # What is left of an exact zero after rounding would come back as its root, 1e-8 of the largest.
-    s[s <= _NOISE * len(s) * s.max(initial=0.0)] = 0.0
+    left, s, right = delta_svd(A, B)
     root = np.sqrt(s)
-    new_a = root[:, None] * (vt @ q_a.T)
-    new_b = (q_b @ u) * root
-    if new_a.size:
-        sign = np.where((new_b * np.abs(new_b)).sum(axis=0) < 0.0, -1.0, 1.0)
-        new_a, new_b = new_a * sign[:, None], new_b * sign
     # Fewer singular values than r where r exceeds a side of the target.
     missing = A.shape[0] - s.shape[0]
-    return np.pad(new_a, ((0, missing), (0, 0))), np.pad(new_b, ((0, 0), (0, missing)))
+    new_a = np.pad(root[:, None] * right, ((0, missing), (0, 0)))
+    return new_a, np.pad(left * root, ((0, 0), (0, missing)))
 
 
 def procrustes(
