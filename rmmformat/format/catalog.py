@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rmmformat.errors import FormatError
 from rmmformat.format import layout
-from rmmformat.format.encodings import by_code
 from rmmformat.model import Role, TargetShape
 
 __all__ = [
@@ -33,7 +31,6 @@ __all__ = [
     "Private",
     "TargetKey",
     "Task",
-    "array_end",
     "EncodedSection",
     "encode_index",
     "encode_metadata",
@@ -163,23 +160,6 @@ class Catalog:
     blobs: list[Blob]
     free: list[Extent]
     metadata: Mapping[str, Any] | None
-
-
-def array_end(start: int, array: Layout | None, row_length: int) -> int:
-    """End of a fixed-size array that follows `start` (bytes from the entry's or frame's start).
-
-    Raises
-    ------
-    FormatError
-        An encoding is not fixed-size, so that the end depends on the bytes.
-    """
-    for code, count in array or ():
-        row_bytes = by_code(code).row_bytes
-        if row_bytes is None:
-            raise FormatError(f"encoding {code:#04x} is not fixed-size")
-        length = count * row_bytes(row_length)
-        start = layout.ceil_to(start, layout.alignment(length, 1)) + length
-    return start
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> bytes:

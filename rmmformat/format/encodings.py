@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from rmmformat.errors import FormatError, ShapeError, UnsupportedError
+from rmmformat.errors import FormatError, OptionError, RmmError, ShapeError, UnsupportedError
+from rmmformat.format import trellis
 
 __all__ = ["BLOCK", "ENCODINGS", "Encoding", "by_code", "by_name", "decode_run", "encode_run"]
 
@@ -38,7 +39,11 @@ class Encoding:
     decode
         bytes, number of rows and n to (rows, n) float32.
     check
-        bytes, number of rows and n to None, or what breaks RMM-086.
+        bytes, number of rows and n to None, or what breaks RMM-086 (of a run without a fixed size
+        RMM-087).
+    own_length
+        Where the size of a run depends on its values: bytes that start with a run to the run's
+        length, 0 if they cannot hold one.
     """
 
     code: int
@@ -47,13 +52,32 @@ class Encoding:
     encode: Callable[[Float32], bytes]
     decode: Callable[[bytes | memoryview, int, int], Float32]
     check: Callable[[bytes | memoryview, int, int], str | None] = lambda _data, _rows, _n: None
+    own_length: Callable[[bytes | memoryview], int] | None = None
+
+    def run_bytes(self, data: bytes | memoryview, n_rows: int, n: int) -> int:
+        """Length of the run that `data` starts with; `data` may go on behind it, or be too short.
+
+        Raises
+        ------
+        FormatError
+            The run tells its length itself, and wrongly (RMM-087).
+        """
+        if self.row_bytes is not None:
+            return n_rows * self.row_bytes(n)
+        length = 0 if self.own_length is None else self.own_length(data)
+        if length == 0:
+            raise FormatError(
+                f"a run of encoding {self.name} does not fit into {len(data)} bytes", rule="RMM-087"
+            )
+        return length
 
 
 def _plain(code: int, name: str, dtype: Any) -> Encoding:
     stored = np.dtype(dtype)
 
     def encode(rows: Float32) -> bytes:
-        return rows.astype(stored).tobytes()
+        with np.errstate(over="ignore"):  # callers look for infinities in what comes back
+            return rows.astype(stored).tobytes()
 
     def decode(data: bytes | memoryview, n_rows: int, n: int) -> Float32:
         return np.frombuffer(data, stored).reshape(n_rows, n).astype(np.float32)
@@ -210,6 +234,43 @@ def _ggml(code: int, bits: int) -> Encoding:
     )
 
 
+def _trellis() -> Encoding:
+    # The native module is imported when it is needed: all else can be read without it.
+    def encode(rows: Float32) -> bytes:
+        # One step, a quarter of the rows' root mean square; a row that lies below the error which
+        # that makes is closer to zero than to anything it can be coded as.
+        squares = np.square(rows.astype(np.float64)).mean(axis=1)
+        step = float(np.sqrt(squares.mean())) / 4
+        if step == 0:
+            raise OptionError("rows that are all zero have no trellis run; store them as zero")
+        kept = np.where((squares > step * step)[:, None], rows, np.float32(0))
+        return trellis.encode_rows(kept, np.full(len(rows), step), tied=False)[0]
+
+    def decode(data: bytes | memoryview, n_rows: int, n: int) -> Float32:
+        from rmmformat._native import trellis_decode
+
+        rows, length = trellis_decode(data, n_rows, n)
+        if length != len(data):
+            raise FormatError(f"a trellis run of {length} bytes in {len(data)}", rule="RMM-087")
+        return rows
+
+    def check(data: bytes | memoryview, n_rows: int, n: int) -> str | None:
+        from rmmformat._native import trellis_check
+
+        try:
+            trellis_check(data, n_rows, n)
+        except RmmError as error:
+            return error.message
+        return None
+
+    def own_length(data: bytes | memoryview) -> int:
+        from rmmformat._native import trellis_run_bytes
+
+        return trellis_run_bytes(data)
+
+    return Encoding(trellis.CODE, "trellis", None, encode, decode, check, own_length)
+
+
 ENCODINGS: dict[int, Encoding] = {
     encoding.code: encoding
     for encoding in (
@@ -231,6 +292,7 @@ ENCODINGS: dict[int, Encoding] = {
         _odd(6),
         _odd(7),
         _ggml(0x18, 8),
+        _trellis(),
     )
 }
 _BY_NAME = {encoding.name: encoding for encoding in ENCODINGS.values()}

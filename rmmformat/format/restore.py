@@ -67,7 +67,7 @@ def sum_terms(
 
 
 def read_arrays(
-    index: Index, start: int, end: int, arrays: list[tuple[int, int]]
+    index: Index, start: int, end: int, arrays: list[tuple[int, int]], rule: str = "RMM-061"
 ) -> list[Float32 | None]:
     """Decode the arrays of one entry or frame.
 
@@ -77,31 +77,37 @@ def read_arrays(
         Offsets of its bytes.
     arrays
         Layout id and row length of each array.
+    rule
+        The rule that is broken if the arrays do not end at `end`: RMM-061, of a frame RMM-052.
 
     Raises
     ------
     FormatError
-        The arrays do not end at `end` (RMM-052, RMM-061).
+        The arrays do not end at `end`, or a run is not well formed (RMM-087).
     """
     position, decoded = 0, []
     for layout_id, row_length in arrays:
         rows = []
         for code, count in index.layout_runs(layout_id):
-            row_bytes = by_code(code, start).row_bytes
-            if row_bytes is None:
-                raise FormatError(f"encoding {code:#04x} has no size", rule="RMM-087", offset=start)
-            n_bytes = count * row_bytes(row_length)
-            position = layout.ceil_to(position, layout.alignment(n_bytes, 1))
+            encoding = by_code(code, start)
             at = start + position
-            if at + n_bytes > end:
-                raise FormatError("an array ends behind its extent", rule="RMM-061", offset=at)
-            rows.append(decode_run(code, index.data[at : at + n_bytes], count, row_length))
+            try:
+                n_bytes = encoding.run_bytes(index.data[at:end], count, row_length)
+                if encoding.row_bytes is not None:
+                    position = layout.ceil_to(position, layout.alignment(n_bytes, 1))
+                    at = start + position
+                if at + n_bytes > end:
+                    raise FormatError("an array ends behind its extent", rule=rule)
+                rows.append(decode_run(code, index.data[at : at + n_bytes], count, row_length))
+            except FormatError as error:
+                error.offset = at
+                raise
             position += n_bytes
         decoded.append(np.concatenate(rows) if rows else None)
     if start + position != end:
         raise FormatError(
             f"arrays take {position} bytes, their extent has {end - start}",
-            rule="RMM-061",
+            rule=rule,
             offset=start,
         )
     return decoded
@@ -116,7 +122,7 @@ def frame_arrays(index: Index, frame: Any) -> list[Float32 | None]:
         for array in ("mean", "basis")
     ]
     start = int(frame["offset"])
-    return read_arrays(index, start, start + int(frame["length"]), arrays)
+    return read_arrays(index, start, start + int(frame["length"]), arrays, "RMM-052")
 
 
 def entry_factors(

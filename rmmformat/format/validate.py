@@ -106,7 +106,7 @@ def _payload(index: Index) -> Iterator[tuple[Violation | None, int]]:
             for f, side in (("a", "n_in"), ("b", "n_out"))
             for array in ("mean", "basis")
         ]
-        for violation in _arrays(index, start, start + length, arrays, f"frame {i}"):
+        for violation in _arrays(index, start, start + length, arrays, f"frame {i}", 52):
             yield violation, start + length
     entries, names = index.table("ENTR"), index.task_names
     for number, task in enumerate(index.table("TASK")):
@@ -154,7 +154,7 @@ def _sum(
 
 
 def _arrays(
-    index: Index, start: int, end: int, arrays: list[tuple[int, int]], what: str
+    index: Index, start: int, end: int, arrays: list[tuple[int, int]], what: str, rule: int = 61
 ) -> Iterator[Violation]:
     """Padding, blocks and encodings of the runs between two offsets."""
     position = start
@@ -179,15 +179,17 @@ def _arrays(
                     yield Violation(85, at, f"{what}: padding is not zero")
                 position = aligned
             if position + length > end:
-                yield Violation(61, position, f"{what}: arrays end behind their extent")
+                yield Violation(rule, position, f"{what}: arrays end behind their extent")
                 return
             fault = encoding.check(index.data[position : position + length], count, row_length)
             if fault is not None:
-                rule = 86 if encoding.row_bytes is not None else 87
-                yield Violation(rule, position, f"{what}: {fault}")
+                broken = 86 if encoding.row_bytes is not None else 87
+                yield Violation(broken, position, f"{what}: {fault}")
             position += length
     if position != end:
-        yield Violation(61, start, f"{what}: arrays take {position - start} of {end - start} bytes")
+        yield Violation(
+            rule, start, f"{what}: arrays take {position - start} of {end - start} bytes"
+        )
 
 
 def _first_nonzero(index: Index, start: int, end: int) -> int | None:
