@@ -298,7 +298,7 @@ def _fit_modules(
             if not owners and fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
                 change("task_type", None, "PEFT would ask for the head that is not there")
     # A target is left out by PEFT if its path holds an entry of modules_to_save.
-    rule = TargetRule(fields, task.path)
+    rule = TargetRule(fields, outer, task.path)
     if all(rule.allows(module) for module in outer):
         return
     reason = "so that PEFT adapts every target"
@@ -306,7 +306,7 @@ def _fit_modules(
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if fields.get(field) is not None:
             change(field, None, reason)
-    rule = TargetRule(fields, task.path)
+    rule = TargetRule(fields, outer, task.path)
     for module in outer:
         if not rule.allows(module):
             raise UnsupportedError(

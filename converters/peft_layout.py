@@ -90,10 +90,11 @@ def outer_module(name: str, targets: Container[str]) -> str:
     That is the target itself, but for one inside another: PEFT adapts the output projection of
     torch's multi-head attention together with the attention module, and under its settings.
     """
-    parts = name.split(".")
-    for n in range(1, len(parts)):
-        if ".".join(parts[:n]) in targets:
-            return ".".join(parts[:n])
+    end = name.find(".")
+    while end >= 0:
+        if name[:end] in targets:
+            return name[:end]
+        end = name.find(".", end + 1)
     return name
 
 
@@ -124,7 +125,6 @@ class _Sorter:
         self.metas = metas
         self.settings = settings
         self.keep = keep
-        self.rule = TargetRule(settings.fields, settings.path)
         self.layout = Layout()
         self.parts: dict[str, dict[str, str]] = {}  # module -> part -> key
         self.rest: dict[str, str] = {}  # key -> name inside the model
@@ -137,8 +137,9 @@ class _Sorter:
             what = "holds no LoRA tensors" if self.metas else "holds no tensors at all"
             raise SourceError(f"the adapter {what}", path=self._path(), hint=self._gather_hint())
         scaling = Scaling(self.settings, modules)
+        rule = TargetRule(self.settings.fields, modules, self.settings.path)
         for module in modules:
-            self._target(module, scaling)
+            self._target(module, scaling, rule)
         self._magnitudes()
         saved = {
             name.rpartition(".modules_to_save.")[0]
@@ -210,7 +211,7 @@ class _Sorter:
 
     # --- factors ------------------------------------------------------------------------------
 
-    def _target(self, module: str, scaling: Scaling) -> None:
+    def _target(self, module: str, scaling: Scaling, rule: TargetRule) -> None:
         parts = self.parts[module]
         embedded = any(part.startswith("lora_embedding") for part in parts)
         part_a, part_b = (
@@ -237,7 +238,7 @@ class _Sorter:
             shape, rank, scale, self.metas[a].dtype, self.metas[b].dtype
         )
         self.layout.target_keys[name] = TargetKeys(a, b)
-        stray = self.rule.allows(decides) is False
+        stray = rule.allows(decides) is False
         note = (
             "notice: PEFT would not load it, as the config excludes the module; " if stray else ""
         )

@@ -28,7 +28,8 @@ else:
 __all__ = ["PatternKeys", "TargetRule", "compile_pattern", "covers_module", "pattern_key"]
 
 _STEPS = 200_000_000  # of the matcher, for one name; real patterns stay far below
-_PAIRS = 20_000_000  # of keys and modules to compare
+_PAIRS = 5_000_000  # of patterns and modules to compare: some seconds
+_KEYS = 20_000  # patterns to compile: some seconds
 
 _REPEATS = (sre_constants.MAX_REPEAT, sre_constants.MIN_REPEAT)
 
@@ -121,7 +122,7 @@ class PatternKeys:
         self, keys: Iterable[str], modules: Sequence[str], field: str, path: str = ""
     ) -> None:
         self.keys = tuple(keys)
-        if len(self.keys) * len(modules) > _PAIRS:
+        if len(self.keys) > _KEYS or len(self.keys) * len(modules) > _PAIRS:
             raise UnsupportedError(f"field {field}: {len(self.keys)} keys are too many", path=path)
         longest = max((len(module) for module in modules), default=1)
         self._compiled = [
@@ -166,72 +167,84 @@ class TargetRule:
     ----------
     config
         A LoRA config with fields of the right types.
+    modules
+        Every module that will be asked for.
     path
         For messages.
+
+    Raises
+    ------
+    SourceError
+        A pattern is not a regular expression.
     """
 
-    def __init__(self, config: Mapping[str, Any], path: str = "") -> None:
-        self._config = config
-        self._path = path
+    def __init__(self, config: Mapping[str, Any], modules: Sequence[str], path: str = "") -> None:
         self._targets = config.get("target_modules")
-        self._excluded = config.get("exclude_modules")
+        self._layers = config.get("layers_to_transform")
+        excluded = config.get("exclude_modules")
+        saved = config.get("modules_to_save") or ()
+        layered = config.get("layers_pattern") or ()
+        layered = [layered] if isinstance(layered, str) else layered
         self._listed = frozenset(self._targets if isinstance(self._targets, list) else ())
-        self._unlisted = frozenset(self._excluded if isinstance(self._excluded, list) else ())
+        self._unlisted = frozenset(excluded if isinstance(excluded, list) else ())
+        self._whole: re.Pattern[str] | None = None
+        self._refused: list[re.Pattern[str]] = []
+        longest = max((len(module) for module in modules), default=1)
+
+        def compiled(pattern: str, field: str) -> re.Pattern[str]:
+            return compile_pattern(pattern, longest, field, path)
+
+        try:
+            self._clear = (len(saved) + len(layered)) * len(modules) <= _PAIRS
+            self._saved = [compiled(rf"(^|.*\.){e}($|\..*)", "modules_to_save") for e in saved]
+            self._layered = [
+                compiled(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", "layers_pattern")
+                for pattern in layered
+            ] or [re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")]
+            if isinstance(excluded, str) and excluded:
+                self._refused = [compiled(excluded, "exclude_modules")]
+            if isinstance(self._targets, str) and self._targets != "all-linear":
+                self._whole = compiled(self._targets, "target_modules")
+        except UnsupportedError:
+            self._clear = False
 
     def allows(self, module: str) -> bool | None:
         """Say whether PEFT would adapt ``module``; None where that cannot be told.
 
         It depends on the model if the targets are "all-linear" or not stated, and is not worked
-        out if a pattern could take too long.
+        out if the patterns could take too long.
         """
-        try:
-            return self._allows(module)
-        except UnsupportedError:
+        if not self._clear:
             return None
-
-    def _allows(self, module: str) -> bool | None:
-        if isinstance(self._excluded, str) and self._excluded:
-            if self._compile(self._excluded, module, "exclude_modules").fullmatch(module):
-                return False
-        elif _tail_in(self._unlisted, module):
+        if any(pattern.fullmatch(module) for pattern in self._refused):
             return False
-        for entry in self._config.get("modules_to_save") or ():
-            pattern = rf"(^|.*\.){entry}($|\..*)"
-            if self._compile(pattern, module, "modules_to_save").match(module):
-                return False
+        if _tail_in(self._unlisted, module) or any(p.match(module) for p in self._saved):
+            return False
         if self._targets is None or self._targets == "all-linear":
             return None
-        if isinstance(self._targets, str):
-            compiled = self._compile(self._targets, module, "target_modules")
-            return compiled.fullmatch(module) is not None
+        if self._whole is not None:
+            return self._whole.fullmatch(module) is not None
         if module in self._listed:
             return True
         return _tail_in(self._listed, module) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
-        wanted = self._config.get("layers_to_transform")
-        if wanted is None or wanted == []:
+        if self._layers is None or self._layers == []:
             return True
-        patterns = self._config.get("layers_pattern") or ()
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        match = None
-        if not patterns:
-            match = re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", module)
-        for pattern in patterns:
-            layered = rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
-            match = self._compile(layered, module, "layers_pattern").match(module)
-            if match is not None:
-                break
+        match = next(filter(None, (pattern.match(module) for pattern in self._layered)), None)
         if match is None:
             return False
         layer = int(match["layer"])
-        return layer == wanted if isinstance(wanted, int) else layer in wanted
-
-    def _compile(self, pattern: str, module: str, field: str) -> re.Pattern[str]:
-        return compile_pattern(pattern, len(module), field, self._path)
+        return layer == self._layers if isinstance(self._layers, int) else layer in self._layers
 
 
 def _tail_in(entries: frozenset[str], module: str) -> bool:
     """Say whether the path, or a tail of it that starts behind a dot, is among ``entries``."""
-    parts = module.split(".")
-    return any(".".join(parts[n:]) in entries for n in range(len(parts)))
+    if not entries:
+        return False
+    dot = -1
+    while module[dot + 1 :] not in entries:
+        dot = module.find(".", dot + 1)
+        if dot < 0:
+            return False
+    return True

@@ -118,6 +118,24 @@ def test_scale_that_went_through_float32_keeps_the_config(kit):
     assert (kit.root / "out" / "adapter_config.json").read_text() == task.config_text
 
 
+def test_scale_that_differs_changes_the_config(kit):
+    task = kit.open(kit.adapter(kit.pair("q"), lora_alpha=0.2))
+    made = Made({"q": 0.10001}, config_text=task.config_text)
+    get_exporter("peft").export(made, kit.root / "out")
+    assert kit.open(kit.root / "out").targets["q"].scale == 0.10001
+
+
+def test_whole_alpha_is_written_as_a_whole_number(kit):
+    get_exporter("peft").export(Made({"q": 2.0}), kit.root / "out")
+    alpha = config_of(kit.root / "out")["lora_alpha"]
+    assert (alpha, type(alpha)) == (4, int)
+
+
+def test_nested_targets_of_different_scales_are_refused(kit):
+    with pytest.raises(UnsupportedError, match=r"'attn\.out_proj' lies inside 'attn'"):
+        get_exporter("peft").export(Made({"attn": 1.0, "attn.out_proj": 2.0}), kit.root / "out")
+
+
 def test_order_of_patterns_outlives_a_change_elsewhere(kit):
     tensors = {**kit.pair("z.q", rank=4), **kit.pair("a.q", rank=2)}
     patterns = {"z.q": 4, ".*q": 2}

@@ -138,6 +138,13 @@ def test_pattern_that_would_match_for_years_is_refused(kit, pattern, field):
     refused(kit, folder, "too long to match")
 
 
+@pytest.mark.parametrize(("n_keys", "n_modules"), [(30_000, 1), (2_000, 3_000)])
+def test_patterns_without_number_are_refused(kit, n_keys, n_modules):
+    tensors = {k: v for n in range(n_modules) for k, v in kit.pair(f"q.{n}").items()}
+    folder = kit.adapter(tensors, rank_pattern={f"k{n}": 2 for n in range(n_keys)})
+    refused(kit, folder, "too many")
+
+
 def test_targets_that_would_match_for_years_are_not_matched(kit):
     task = kit.open(kit.adapter(kit.pair("a" * 60), target_modules="(a+)+b"))
     assert task.targets["a" * 60].rank == 2
@@ -273,27 +280,45 @@ def test_pickle_that_runs_code_is_refused(kit):
 
 
 @pytest.mark.parametrize(
-    "case", ["list", "nested", "number", "garbage", "zip", "empty", "bomb", "wide"]
+    ("case", "message"),
+    [
+        ("list", "got list"),
+        ("nested", "got dict under 'state_dict'"),
+        ("number", "got Tensor under 3"),
+        ("garbage", r"adapter_model\.bin"),
+        ("empty", r"adapter_model\.bin"),
+        ("compressed", "is compressed"),
+        ("wide", "larger than its file"),
+        ("sparse", "not a plain dense tensor"),
+    ],
 )
-def test_pickle_that_is_no_dictionary_of_tensors(kit, case):
+def test_pickle_that_is_no_dictionary_of_dense_tensors(kit, case, message):
     torch = pytest.importorskip("torch")
     folder = kit.adapter(kit.pair("q"))
     (folder / "adapter_model.safetensors").unlink()
     path = folder / "adapter_model.bin"
     tensor = torch.ones(2, 3)
-    if case in ("list", "nested", "number"):
-        values = {"list": [tensor], "nested": {"state_dict": {"a": tensor}}, "number": {3: tensor}}
+    values = {
+        "list": [tensor],
+        "nested": {"state_dict": {"a": tensor}},
+        "number": {3: tensor},
+        # A view of one value that would fill the memory.
+        "wide": {"a": torch.ones(1).expand(1 << 20, 1 << 20)},
+        "sparse": {"a": tensor.to_sparse()},
+    }
+    if case == "compressed":  # a small file that could stand for one of any size
+        torch.save({"a": torch.zeros(1 << 20)}, kit.root / "plain")
+        with (
+            zipfile.ZipFile(kit.root / "plain") as plain,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            for entry in plain.infolist():
+                archive.writestr(entry.filename, plain.read(entry))
+    elif case in values:
         torch.save(values[case], path)
-    elif case == "garbage":
-        path.write_bytes(b"\x80\x04garbage")
-    elif case == "empty":
-        path.write_bytes(b"")
-    elif case == "wide":  # a view of one value that would fill the memory
-        torch.save({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, path)
     else:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("x/data.pkl", b"0" * (1 << 20 if case == "bomb" else 10))
-    refused(kit, folder, r"adapter_model\.bin")
+        path.write_bytes(b"\x80\x04garbage" if case == "garbage" else b"")
+    refused(kit, folder, message)
 
 
 def test_pickles_can_be_forbidden(kit):

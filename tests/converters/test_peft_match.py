@@ -59,12 +59,12 @@ def test_target_rule_is_pefts(module, targets, excluded, saved, layers, pattern)
         theirs = bool(check_target_module_exists(full, module))
     except UnboundLocalError:  # PEFT's own, where a list of layer patterns is empty
         return
-    assert TargetRule(config).allows(module) == theirs
+    assert TargetRule(config, [module]).allows(module) == theirs
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_what_depends_on_the_model_is_left_open(targets):
-    assert TargetRule({"target_modules": targets}).allows("q") is None
+    assert TargetRule({"target_modules": targets}, ["q"]).allows("q") is None
 
 
 def test_modules_to_save_match_without_a_dot_as_in_peft():

@@ -812,6 +812,7 @@ def test_task_keeps_to_the_file_that_it_described(kit):
         ("org/a", "org_a"),
         ("ﬁne", "fine"),
         ("Straße", "STRASSE"),
+        ("\U0001d400", "a"),
     ],
 )
 def test_task_names_that_could_be_confused_are_refused(kit, first, second):
