@@ -1,9 +1,8 @@
 """Reader and validator of ``.rmm`` files, written from the text of ``rmm-1.md`` alone.
 
-It is slow and short, to be read beside the text: each function names the clause that it obeys, and
-no code is shared with any other reader.  ``open_file`` refuses a file at the first rule that it
-breaks; ``validate`` lists what it breaks.  Checks run in steps, in the order of section 12; a step
-relies on the ones before it, so a listing ends with the first step that finds the file unusable.
+It is slow and short, to be read beside the text; no code is shared with any other reader.
+``open_file`` refuses a file at the first rule marked "open" that it breaks.  ``validate`` lists that
+rule or, if there is none, all rules marked "load" and "validate" that the file breaks.
 
 ``python reference.py FILE`` lists the tasks of a file and the rules that it breaks.
 """
@@ -28,16 +27,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
+Fault = tuple[str, int, str]  # rule, offset, message
 NONE = 0xFFFFFFFF
-SIGNATURE = b"\x89RMM\r\n\x1a\n"
 
 
 class Refused(Exception):  # noqa: N818
     """The file breaks ``rule`` at ``offset``; ``status`` is malformed or unsupported."""
 
-    def __init__(self, rule: str, offset: int, message: str, status: str = "malformed") -> None:
+    def __init__(self, rule: str, offset: int, message: str, status: str) -> None:
         super().__init__(f"{rule} at {offset}: {message}")
         self.rule, self.offset, self.message, self.status = rule, offset, message, status
+
+
+def need(holds: Any, rule: str, at: int, text: str, status: str = "malformed") -> None:
+    if not holds:
+        raise Refused(rule, at, text, status)
 
 
 def ceil_to(x: int, a: int) -> int:
@@ -45,38 +49,31 @@ def ceil_to(x: int, a: int) -> int:
     return -(-x // a) * a
 
 
-# --- CRC32C: Castagnoli's polynomial 1EDC6F41, reflected, register and result inverted -----------
-
-_TABLE = np.arange(256, dtype=np.uint32)
-for _ in range(8):
-    _TABLE = (_TABLE >> 1) ^ np.where(_TABLE & 1, np.uint32(0x82F63B78), np.uint32(0))
-_LIST = _TABLE.tolist()
+CRC_TABLE = []
+for n in range(256):
+    for _ in range(8):
+        n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
+    CRC_TABLE.append(n)
 
 
 def crc32c(data: bytes) -> int:
-    """Return the CRC32C; long data are split into lanes that numpy takes forward together."""
-    register, lanes = NONE, len(data) // 512 if len(data) >= 8192 else 0
-    if lanes:
-        steps = len(data) // lanes
-        columns = np.frombuffer(data[: lanes * steps], np.uint8).reshape(lanes, steps)
-        state, shift = np.zeros(lanes, np.uint32), np.uint32(1) << np.arange(32, dtype=np.uint32)
-        for i in range(steps):
-            state = _TABLE[(state ^ columns[:, i]) & 255] ^ (state >> 8)
-            shift = _TABLE[shift & 255] ^ (shift >> 8)  # what `steps` zero bytes make of each bit
-        matrix = shift.tolist()
-        for lane in state.tolist():
-            moved = lane
-            for bit in range(32):
-                if register >> bit & 1:
-                    moved ^= matrix[bit]
-            register = moved
-        data = data[lanes * steps :]
+    """Castagnoli's polynomial 1EDC6F41, reflected; register and result inverted."""
+    register = NONE
     for byte in data:
-        register = _LIST[(register ^ byte) & 255] ^ register >> 8
+        register = CRC_TABLE[(register ^ byte) & 255] ^ register >> 8
     return register ^ NONE
 
 
 # --- Encodings (8.2) -----------------------------------------------------------------------------
+
+
+class Encoding(NamedTuple):
+    """A row of the table in 8.2; without the two functions it is not fixed-size."""
+
+    name: str
+    row_bytes: Callable[[int], int] | None = None  # of the number of values
+    decode: Callable[[bytes, int], F32] | None = None  # of one row's bytes and number of values
+    bits: int = 0  # of a quantised value
 
 
 def q_blocks(raw: bytes, bits: int) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
@@ -92,38 +89,36 @@ def q_blocks(raw: bytes, bits: int) -> tuple[NDArray[np.float16], NDArray[np.uin
     return scales, (split << np.arange(bits, dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
 
 
-def q_decode(bits: int) -> Callable[[bytes, int], F32]:
-    """8.2, column *value*; "the product with d is exact in f32"."""
-
+def quantised(name: str, bits: int) -> Encoding:
     def decode(raw: bytes, n: int) -> F32:
         scales, codes = q_blocks(raw, bits)
         u = codes.astype(np.int32)
         level = {8: codes.view(np.int8), 4: u - 8}.get(bits, 2 * u - (2**bits - 1))
         return (scales.astype(np.float32)[:, None] * level.astype(np.float32)).reshape(-1)[:n]
 
-    return decode
+    return Encoding(name, lambda n: (2 + 4 * bits) * -(-n // 32), decode, bits)
 
 
-class Encoding(NamedTuple):
-    """A row of the table in 8.2: fixed-size with the first two functions, else with the third."""
+def plain(name: str, stored: str) -> Encoding:
+    def decode(raw: bytes, n: int) -> F32:  # noqa: ARG001
+        return np.frombuffer(raw, stored).astype(np.float32)
 
-    name: str
-    row_bytes: Callable[[int], int] | None  # of the row's length n
-    decode: Callable[[bytes, int], F32] | None  # of the bytes of one row and n
-    bits: int = 0  # of a quantised value
-    # Of the bytes from the run on, the number of rows and n: bytes taken, and the rows, where None
-    # is a row of zeros. ValueError if the run is not well formed (RMM-087).
-    run: Callable[[bytes, int, int], tuple[int, list[F32 | None]]] | None = None
+    return Encoding(name, lambda n: int(stored[2]) * n, decode)
 
 
-def _quantised(name: str, bits: int) -> Encoding:
-    return Encoding(name, lambda n: (2 + 4 * bits) * -(-n // 32), q_decode(bits), bits)
-
-
-def _bf16(raw: bytes, n: int) -> F32:  # noqa: ARG001
+def bf16(raw: bytes, n: int) -> F32:  # noqa: ARG001
     """8.2: "the upper half of a binary32"."""
     return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
 
+
+ENCODINGS = {
+    0x00: Encoding("zero", lambda n: 0, lambda raw, n: np.zeros(n, np.float32)),  # noqa: ARG005
+    0x01: plain("f32", "<f4"),
+    0x02: plain("f16", "<f2"),
+    0x03: Encoding("bf16", lambda n: 2 * n, bf16),
+    **{0x10 + n: quantised({4: "q4_0", 8: "q8_0"}.get(n, f"q{n}"), n) for n in range(1, 9)},
+    0x20: Encoding("trellis"),
+}
 
 # --- The trellis encoding (8.3) ------------------------------------------------------------------
 
@@ -155,38 +150,39 @@ def trellis_table(number: int) -> tuple[int, list[int], list[int]]:
     return b, f, [sum(f[:q]) for q in range(len(f))]
 
 
-def trellis_run(data: bytes, k: int, n: int) -> tuple[int, list[F32 | None]]:
-    """8.3: "A run of trellis codes k rows of n values"; well formed as RMM-087 asks."""
+def trellis_run(data: bytes, k: int, n: int, at: int) -> tuple[int, list[F32 | None]]:
+    """8.3: "A run of trellis codes k rows of n values"; well formed as RMM-087 asks.
 
-    def need(holds: bool, text: str) -> None:
-        if not holds:
-            raise ValueError(text)
+    `data` begins with the run, at offset `at`.  Gives the bytes that the run takes, and its rows,
+    where None is a row of zeros.
+    """
 
-    ends = [i for i, byte in enumerate(data[:5]) if byte < 128]
-    need(bool(ends), "length has no end")
-    start = ends[0] + 1
+    def well(formed: bool, text: str) -> None:
+        need(formed, "RMM-087", at, f"trellis: {text}")
+
+    start = next((i + 1 for i, byte in enumerate(data[:5]) if byte < 128), 0)
     length = sum((byte & 127) << 7 * i for i, byte in enumerate(data[:start]))
-    need((start == 1 or data[start - 1] > 0) and length < 2**32, "length is not in shortest form")
-    need(start + length <= len(data) and length >= 2 + k, f"length {length}")
+    well(start == 1 or (start > 1 and data[start - 1] > 0), "length is not in shortest form")
+    well(length < 2**32 and start + length <= len(data) and length >= 2 + k, f"length {length}")
     base, numbers = struct.unpack_from("<H", data, start)[0], data[start + 2 : start + 2 + k]
-    need(all(x == 0 or 1 <= x & 127 <= 112 for x in numbers) and any(numbers), "row bytes")
+    well(all(x == 0 or 1 <= x & 127 <= 112 for x in numbers) and any(numbers), "row bytes")
     n_symbols = n * (k - numbers.count(0))
     lanes = 1 if n_symbols < 2**14 else 4 if n_symbols < 2**16 else 16
     n_words = (length - 2 - k - 4 * lanes) // 2
-    need(length == 2 + k + 4 * lanes + 2 * n_words and n_words >= 0, f"length {length}")
+    well(length == 2 + k + 4 * lanes + 2 * n_words and n_words >= 0, f"length {length}")
     x = list(struct.unpack_from(f"<{lanes}I", data, start + 2 + k))
-    need(min(x) >= 2**16, "initial state")
+    well(min(x) >= 2**16, "initial state")
     words = iter(struct.unpack_from(f"<{n_words}H", data, start + length - 2 * n_words))
     mode, step = base >> 15, float(np.uint32((base & 0x7FFF) << 16).view(np.float32))
     shrink = max(-(-((y & 127) - 1) // 8) for y in numbers if y)  # max of ceil(i / 8)
-    need(1 + mode * shrink <= base >> 7 & 255 <= 230, "base step")
-    s, rows = [0] * lanes, []
+    well(1 + mode * shrink <= base >> 7 & 255 <= 230, "base step")
 
     def word() -> int:
         found = next(words, -1)
-        need(found >= 0, "a word behind the last")
+        well(found >= 0, "a word behind the last")
         return found
 
+    s, rows = [0] * lanes, []
     for number in numbers:
         if number == 0:
             rows.append(None)
@@ -203,38 +199,18 @@ def trellis_run(data: bytes, k: int, n: int) -> tuple[int, list[F32 | None]]:
             if b:
                 j, y = j << b | y % 2**b, y >> b
                 y = y if y >= 2**16 else y << 16 | word()
-            need(j < 2**23, "a value is too large")
+            well(j < 2**23, "a value is too large")
             m.append(-(2 * j + 1) if (s[lane] ^ j) & 1 else 2 * j + 1)
             feedback = (0xA6 if s[lane] & 1 else 0) ^ (0x79 if j + 1 & 2 else 0)
             x[lane], s[lane] = y, s[lane] >> 1 ^ feedback
         i = (number & 127) - 1
         c = float(np.uint32(int(STEPS.split()[i % 8], 16)).view(np.float32)) * 2.0 ** -(i // 8)
         rows.append(np.array(m, np.float32) * np.float32(step * (c if mode else 1.0)))
-    need(next(words, None) is None and all(y == 2**16 for y in x), "words or states are left")
+    well(next(words, None) is None and all(y == 2**16 for y in x), "words or states are left")
     return start + length, rows
 
 
-ENCODINGS = {
-    0x00: Encoding("zero", lambda n: 0, lambda raw, n: np.zeros(n, np.float32)),  # noqa: ARG005
-    0x01: Encoding("f32", lambda n: 4 * n, lambda raw, n: np.frombuffer(raw, "<f4")),  # noqa: ARG005
-    0x02: Encoding(
-        "f16",
-        lambda n: 2 * n,
-        lambda raw, n: np.frombuffer(raw, "<f2").astype(np.float32),  # noqa: ARG005
-    ),
-    0x03: Encoding("bf16", lambda n: 2 * n, _bf16),
-    0x11: _quantised("q1", 1),
-    0x12: _quantised("q2", 2),
-    0x13: _quantised("q3", 3),
-    0x14: _quantised("q4_0", 4),
-    0x15: _quantised("q5", 5),
-    0x16: _quantised("q6", 6),
-    0x17: _quantised("q7", 7),
-    0x18: _quantised("q8_0", 8),
-    0x20: Encoding("trellis", None, None, run=trellis_run),
-}
-
-# --- Tables (6.1): record layouts in the order of the fields ------------------------------------
+# --- Tables (6.1): the fields of each record, in order -------------------------------------------
 
 PART = "group n_components rank mean basis flags reserved"
 RECORDS = {
@@ -243,13 +219,12 @@ RECORDS = {
     "LAYO": ("<QII", "first_run n_runs n_rows"),
     "FORM": (
         "<d6IBB6s",
-        "scale rank cluster coefficients_a residual_a coefficients_b residual_b "
-        "dtype_a dtype_b reserved",
+        "scale rank cluster coefficients_a residual_a coefficients_b residual_b dtype_a dtype_b "
+        "reserved",
     ),
     "FRAM": (
         "<QQIIQ6IQ6I",
-        "offset length target crc "
-        + " ".join(f"{name}_{side}" for side in "ab" for name in PART.split()),
+        " ".join(["offset length target crc"] + [f"{x}_{f}" for f in "ab" for x in PART.split()]),
     ),
     "TLST": ("<I", "target"),
     "TASK": (
@@ -258,7 +233,7 @@ RECORDS = {
     ),
     "ENTR": ("<QII", "length form crc"),
     "DIMS": ("<Q", "size"),
-    "PRIV": ("<IIBBBBIQ", "name blob dtype n_dims role reserved reserved2 first_dim"),
+    "PRIV": ("<IIBBBBIQ", "name blob dtype n_dims role reserved reserved_2 first_dim"),
     "BLOB": ("<QQII", "offset length crc reserved"),
     "erro": ("<f", "error"),
     "free": ("<QQII", "offset length crc reserved"),
@@ -281,87 +256,56 @@ DTYPES = {
 
 
 class Member(NamedTuple):
-    """What a task stores at one target (term *entry*), with its place in the file."""
+    """What a task stores at one target (term *entry*): records, and place in the file."""
 
-    index: int
-    offset: int
-    record: Any
+    at: int  # of the record in ENTR
+    entry: Any
     target: Any
     form: Any
-    frame: int | None  # id
+    frame: int | None
+    offset: int
 
 
 class Run(NamedTuple):
-    """A run with its place in the payload; decoded, if it is not fixed-size."""
+    """A run with its place in the file; decoded, if it is not fixed-size."""
 
+    array: int  # 0 … 3
     first: int  # number of its first row in the array
-    position: int
-    n_bytes: int
     count: int
+    n: int  # values of a row
     encoding: Encoding
-    rows: list[F32 | None] | None
-
-
-class Array:
-    """7.2: "An array is its runs in order"."""
-
-    def __init__(self, payload: bytes, n: int) -> None:
-        self.payload, self.n = payload, n
-        self.runs: list[Run] = []
-
-    def row(self, i: int) -> F32:
-        run = self.runs[bisect_right(self.runs, i, key=lambda run: run.first) - 1]
-        if run.encoding.decode is None:
-            row = run.rows[i - run.first] if run.rows else None
-            return np.zeros(self.n, np.float32) if row is None else row
-        size = run.n_bytes // run.count
-        position = run.position + (i - run.first) * size
-        return run.encoding.decode(self.payload[position : position + size], self.n)
+    offset: int
+    length: int
+    rows: list[F32 | None]
 
 
 class Collection:
     """The checked index of a file; payload is decoded by `load`.
 
-    With a list to fill, broken rules are listed there, up to the first step that finds the file
-    unusable; without one, the first broken rule refuses the file.
+    The steps of opening are in the order of section 12, but for extents (7), which come early: once
+    they are known not to overlap, all that follows takes time in proportion to the file's length.
     """
 
-    def __init__(self, data: bytes, listing: list[tuple[str, int, str]] | None) -> None:
-        self.data, self.listing, self.usable = data, listing, True
-        self.sections: dict[str, Section] = {}
-        self.raw: dict[str, bytes] = {}
-        self.table: dict[str, list[Any]] = {name: [] for name in RECORDS}
-        self.lengths: dict[tuple[Any, ...], int | None] = {}
-        steps = [
-            self.preamble, self.slots, self.index, self.section_table, self.decode, self.strings,
-            self.targets, self.layouts, self.forms, self.frames, self.tasks_table, self.lists,
-            self.entries_table, self.privates_table, self.extents,
-        ]  # fmt: skip
-        if listing is not None:
-            steps += [self.optional_sections, self.payloads]
-        for step in steps:
-            if self.usable:
-                step()
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.preamble()
+        self.slots()
+        self.section_table()
+        self.extents()
+        self.strings()
+        self.targets()
+        self.layouts()
+        self.forms()
+        self.frames()
+        self.tiling()
+        self.tasks: dict[str, list[Member]] = {}
+        for i, task in enumerate(self.table["TASK"]):
+            self.task(task, self.at("TASK", i))
 
-    def need(self, holds: bool, rule: str, at: int, text: str, status: str = "malformed") -> bool:
-        """Check a rule that is marked "open"."""
-        if not holds and self.listing is None:
-            raise Refused(rule, at, text, status)
-        if not holds and self.listing is not None:
-            self.usable = False
-            self.listing.append((rule, at, text))
-        return holds
-
-    def note(self, holds: bool, rule: str, at: int, text: str) -> bool:
-        """Check a rule that is marked "validate"."""
-        if not holds and self.listing is not None:
-            self.listing.append((rule, at, text))
-        return holds
-
-    def spare(self, start: int, end: int) -> int:
-        """Return the offset of the first byte in the range that is not zero, or -1."""
+    def nonzero(self, start: int, end: int) -> int:
+        """Return the offset of the first byte in the range that is not zero, or 0."""
         found = re.search(rb"[^\0]", self.data[start:end])
-        return -1 if found is None else start + found.start()
+        return start + found.start() if found else 0
 
     def at(self, table: str, i: int) -> int:
         """Return the offset of a record; of the section, where the section is deflated."""
@@ -375,185 +319,203 @@ class Collection:
     def preamble(self) -> None:
         """5.1, RMM-001 to RMM-005."""
         data, n = self.data, len(self.data)
-        if not self.need(data[:8] == SIGNATURE, "RMM-001", 0, "no signature"):
-            return
-        if not self.need(n >= 640, "RMM-013", n, f"the header has 640 bytes, the file {n}"):
-            return  # no file_length can be smaller (RMM-016)
+        need(data[:8] == b"\x89RMM\r\n\x1a\n", "RMM-001", 0, "no signature")
+        need(n >= 640, "RMM-013", n, f"the header has 640 bytes, the file {n}")
         major, self.minor, features = struct.unpack_from("<HHI", data, 8)
-        self.need(major == 1, "RMM-002", 8, f"major version {major}", "unsupported")
-        self.need(features == 0, "RMM-003", 12, f"features {features:#x}", "unsupported")
+        need(major == 1, "RMM-002", 8, f"major version {major}", "unsupported")
+        need(features == 0, "RMM-003", 12, f"features {features:#x}", "unsupported")
         crc = struct.unpack_from("<I", data, 60)[0]
-        self.need(crc32c(data[:60]) == crc, "RMM-004", 60, "wrong crc of the preamble")
-        for spare in (self.spare(16, 60), self.spare(192, 512)):
-            self.need(spare < 0, "RMM-005", spare, "reserved byte is not zero")
+        need(crc32c(data[:60]) == crc, "RMM-004", 60, "wrong crc of the preamble")
+        spare = self.nonzero(16, 60) or self.nonzero(192, 512)
+        need(not spare, "RMM-005", spare, "reserved byte is not zero")
 
     def slots(self) -> None:
-        """5.2: "The active slot is the valid slot with the larger sequence" (RMM-010 to 012)."""
-        valid, damaged = [], []
+        """5.2, RMM-010 to RMM-017."""
+        valid, misplaced, self.slot_faults = [], 0, list[Fault]()
         for base, parity in ((64, 1), (512, 0)):
             raw = self.data[base : base + 128]
             slot = Slot._make(struct.unpack("<6QII68sI", raw))
-            if not any(raw):
-                continue  # empty
-            if crc32c(raw[:124]) != slot.crc:
-                damaged.append(("RMM-012", base, "damaged slot: wrong crc"))
-            elif slot.sequence == 0 or slot.sequence % 2 != parity:
-                damaged.append(("RMM-011", base, f"damaged slot: sequence {slot.sequence}"))
-            else:
+            right = crc32c(raw[:124]) == slot.crc
+            if right and slot.sequence > 0 and slot.sequence % 2 == parity:
                 valid.append((slot, base))
-                unused = self.minor == 0 and any(slot.unused)
-                self.note(not unused, "RMM-015", base + 56, "unused byte is not zero")
-        if valid:
-            self.slot, self.base = max(valid)
-            for fault in damaged:
-                self.note(False, *fault)
-        else:  # a right crc shows that the sequence is at fault
-            at_fault = [fault for fault in damaged if fault[0] == "RMM-011"]
-            self.need(False, *(at_fault or [("RMM-010", 64, "no valid slot")])[0])
-
-    def index(self) -> None:
-        """5.2 and 6, RMM-013 to RMM-017."""
-        slot, base, n, size = self.slot, self.base, len(self.data), self.slot.section_record_size
-        end, limit = slot.file_length, slot.growth_limit
-        self.need(end <= n, "RMM-013", base + 8, f"{end} bytes, cut to {n}")
-        self.need(limit >= max(end, n), "RMM-014", base + 16, f"growth_limit {limit}")
+                if self.minor == 0 and any(slot.unused):
+                    self.slot_faults.append(("RMM-015", base + 56, "unused byte is not zero"))
+            elif any(raw):
+                self.slot_faults.append(("RMM-012", base, "damaged slot"))
+                misplaced = misplaced or (base if right else 0)
+        need(valid or not misplaced, "RMM-011", misplaced, "sequence of no slot is as it should be")
+        need(valid, "RMM-010", 64, "no valid slot")
+        slot, base = max(valid)  # "the valid slot with the larger sequence"
+        self.slot, n, size = slot, len(self.data), slot.section_record_size
+        need(slot.file_length <= n, "RMM-013", base + 8, f"{slot.file_length} bytes, cut to {n}")
+        fits = slot.growth_limit >= max(slot.file_length, n)
+        need(fits, "RMM-014", base + 16, f"growth_limit {slot.growth_limit}")
         fits = size >= 40 and size % 8 == 0 and (size == 40 or self.minor > 0)
-        self.need(fits, "RMM-017", base + 48, f"section_record_size {size}")
+        need(fits, "RMM-017", base + 48, f"section_record_size {size}")
         fits = slot.index_offset % 8 == 0 and slot.index_offset >= 640
-        self.need(fits, "RMM-016", base + 24, f"index at {slot.index_offset}")
-        fits = slot.index_offset + slot.index_length <= end
-        self.need(fits, "RMM-016", base + 32, "the index ends behind file_length")
+        need(fits, "RMM-016", base + 24, f"index at {slot.index_offset}")
+        fits = slot.index_offset + slot.index_length <= slot.file_length
+        need(fits, "RMM-016", base + 32, "the index ends behind file_length")
         fits = slot.n_sections * size <= slot.index_length
-        self.need(fits, "RMM-016", base + 40, f"no room for {slot.n_sections} section records")
+        need(fits, "RMM-016", base + 40, f"no room for {slot.n_sections} section records")
 
     # --- 6 Index ---
 
     def section_table(self) -> None:
-        """6, RMM-020 to RMM-026."""
+        """6, RMM-020 to RMM-026 and RMM-037."""
         slot, size = self.slot, self.slot.section_record_size
+        self.sections: dict[str, Section] = {}
+        self.table: dict[str, list[Any]] = {name: [] for name in RECORDS}
         start, end = slot.index_offset, slot.index_offset + slot.index_length
         position = start + slot.n_sections * size
         right = crc32c(self.data[start:position]) == slot.section_table_crc
-        if not self.need(right, "RMM-020", start, "wrong crc of the section table"):
-            return
+        need(right, "RMM-020", start, "wrong crc of the section table")
         for at in range(start, position, size):
             s = Section._make(struct.unpack_from("<4sIQQQII", self.data, at))
-            name, n_bytes, least = s.type.decode("latin-1"), s.count * s.record_size, 0
-            fits = re.fullmatch("[A-Za-z]{4}", name) is not None and name not in self.sections
-            self.need(fits, "RMM-022", at, f"section type {name!r}")
-            known, critical = name in SIZES, name[0].isupper()
-            fits = known or not critical
-            self.need(fits, "RMM-023", at, f"unknown critical section {name!r}", "unsupported")
-            if known:
-                least = SIZES[name]
-                fits = (
-                    s.record_size >= least if self.minor and least > 1 else s.record_size == least
-                )
-                self.need(fits, "RMM-024", at, f"{name}: record_size {s.record_size}")
-            fits = s.length == n_bytes or s.coding != 0
-            self.need(fits, "RMM-024", at, f"{name}: length {s.length}, not {n_bytes}")
-            fits = s.coding == 0 or (s.coding == 1 and not critical)
-            self.need(fits, "RMM-026", at, f"{name}: coding {s.coding}")
+            name, n_bytes = s.type.decode("latin-1"), s.count * s.record_size
+            fits = re.fullmatch("[A-Za-z]{4}", name) and name not in self.sections
+            need(fits, "RMM-022", at, f"section type {name!r}")
+            critical, least = name[0].isupper(), SIZES.get(name)
+            fits = least or not critical
+            need(fits, "RMM-023", at, f"unknown critical section {name!r}", "unsupported")
+            fits = least in (None, s.record_size) or (self.minor > 0 and s.record_size > least > 1)
+            need(fits, "RMM-024", at, f"{name}: record_size {s.record_size}")
+            fits = s.coding == 0 or (s.coding == 1 and not critical and name != "free")
+            need(fits, "RMM-026", at, f"{name}: coding {s.coding}")
+            fits = s.length == n_bytes or s.coding
+            need(fits, "RMM-024", at, f"{name}: length {s.length}, not {n_bytes}")
             fits = s.coding == 0 or n_bytes <= 256 * s.length + 65536
-            self.need(fits, "RMM-026", at, f"{name}: {n_bytes} bytes out of {s.length}")
+            need(fits, "RMM-026", at, f"{name}: {n_bytes} bytes out of {s.length}")
             fits = s.offset == ceil_to(position, 8) and s.offset + s.length <= end
-            if not self.need(fits, "RMM-021", at, f"{name}: at {s.offset}"):
-                return
-            spare = self.spare(position, s.offset)
-            self.need(spare < 0, "RMM-021", spare, "byte between sections is not zero")
+            need(fits, "RMM-021", at, f"{name}: at {s.offset}")
+            spare = self.nonzero(position, s.offset)
+            need(not spare, "RMM-021", spare, "byte between sections is not zero")
             position = s.offset + s.length
             right = crc32c(self.data[s.offset : position]) == s.crc
-            self.need(right, "RMM-025", s.offset, f"{name}: wrong crc")
+            need(right, "RMM-025", s.offset, f"{name}: wrong crc")
             self.sections[name] = s
-        self.need(position == end, "RMM-021", position, "the last section does not end the index")
+            if name in RECORDS and not s.coding:
+                self.table[name] = self.records(name, self.raw(name))
+        need(position == end, "RMM-021", position, "the last section does not end the index")
 
-    def decode(self) -> None:
+    def raw(self, name: str) -> bytes:
+        """6: a section's records; "one zlib stream [...] of count · record_size bytes"."""
+        if name not in self.sections:
+            return b""
+        s = self.sections[name]
+        raw, n_bytes = self.data[s.offset : s.offset + s.length], s.count * s.record_size
+        if s.coding:
+            stream = zlib.decompressobj()
+            try:
+                raw = stream.decompress(raw, n_bytes + 1)
+            except zlib.error as fault:
+                raise Refused("RMM-026", s.offset, f"{name}: {fault}", "malformed") from fault
+            fits = stream.eof and not stream.unused_data and len(raw) == n_bytes
+            need(fits, "RMM-026", s.offset, f"{name}: not one stream of {n_bytes} bytes")
+        return raw
+
+    def records(self, name: str, raw: bytes) -> list[Any]:
         """6: "a reader steps by record_size and ignores what it does not know"."""
-        for name, s in self.sections.items():
-            raw = self.data[s.offset : s.offset + s.length]
-            if s.coding == 1:  # opening needs `free` alone (RMM-072)
-                plain = inflate(raw, s.count * s.record_size)
-                check = self.need if name == "free" else self.note
-                if not check(plain is not None, "RMM-026", s.offset, f"{name}: bad zlib stream"):
-                    continue
-                raw = plain or b""
-            if name in SIZES:
-                self.raw[name] = raw
-            if name in RECORDS:
-                step = f"{RECORDS[name][0]}{s.record_size - SIZES[name]}x"
-                self.table[name] = [*map(TUPLES[name]._make, struct.iter_unpack(step, raw))]
+        step = f"{RECORDS[name][0]}{self.sections[name].record_size - SIZES[name]}x"
+        records = [*map(TUPLES[name]._make, struct.iter_unpack(step, raw))]
+        reserved = [i for i, x in enumerate(TUPLES[name]._fields) if x.startswith("reserved")]
+        for i, record in enumerate(records if reserved else ()):
+            zero = all(record[x] in (0, bytes(3), bytes(6)) for x in reserved)
+            need(zero, "RMM-037", self.at(name, i), "reserved field is not zero")
+        return records
+
+    def extents(self) -> None:
+        """7, RMM-070 to RMM-072; RMM-067 and the like for those of no bytes."""
+        found = [(self.slot.index_offset, self.slot.index_length, "index")]
+        empty = {"FRAM": "RMM-052", "TASK": "RMM-058", "BLOB": "RMM-067", "free": "RMM-071"}
+        for kind, rule in empty.items():
+            for i, x in enumerate(self.table[kind]):
+                fits = x.length > 0 or (x.offset == 0 and kind != "free")
+                need(fits, rule, self.at(kind, i), f"empty extent at {x.offset}")
+            found += [(x.offset, x.length, kind) for x in self.table[kind] if x.length]
+        before, end = 640, self.slot.file_length
+        self.gaps = []
+        for offset, length, kind in sorted(found):
+            fits = kind == "free" or offset % (64 if length >= 4096 else 8) == 0
+            need(fits, "RMM-070", offset, f"{kind}: {length} bytes at {offset}")
+            fits = before <= offset and offset + length <= end
+            need(fits, "RMM-071", offset, f"{kind}: overlap, or outside of the payload")
+            need(offset - before < 64, "RMM-072", before, f"{offset - before} bytes in no extent")
+            self.gaps.append((before, offset))
+            before = offset + length
+        need(before == end, "RMM-072", before, "the last extent does not end the file")
 
     def strings(self) -> None:
         """6.1 STRS, RMM-030 and RMM-031."""
-        raw, self.names, before, position = self.raw.get("STRS", b""), [], b"", 0
+        self.names, raw, before, position = list[str](), self.raw("STRS"), b"", 0
         for text in raw.split(b"\0")[:-1]:
             at = self.at("STRS", position)
+            fits = 1 <= len(text) <= 1024 and not re.search(rb"[\0-\x1f\x7f]", text)
+            need(fits, "RMM-030", at, f"string {text[:40]!r}")
             try:
                 self.names.append(text.decode("utf-8"))
-                fits = 1 <= len(text) <= 1024 and not re.search(rb"[\0-\x1f\x7f]", text)
-            except UnicodeDecodeError:
-                fits = False
-            if self.need(fits, "RMM-030", at, f"string {text[:40]!r}"):
-                self.need(text > before, "RMM-031", at, f"string {text[:40]!r}: order")
+            except UnicodeDecodeError as fault:
+                raise Refused("RMM-030", at, f"string {text[:40]!r}", "malformed") from fault
+            need(text > before, "RMM-031", at, f"string {text[:40]!r}: order")
             before, position = text, position + len(text) + 1
-        self.need(position == len(raw), "RMM-030", self.at("STRS", position), "string has no end")
+        need(position == len(raw), "RMM-030", self.at("STRS", position), "string has no end")
 
     def targets(self) -> None:
-        """6.1 TARG, RMM-035 to RMM-037."""
+        """6.1 TARG, RMM-035 and RMM-036."""
         before: tuple[int, ...] = ()
         for i, t in enumerate(self.table["TARG"]):
             at, kernel = self.at("TARG", i), (t.k0, t.k1, t.k2)
             sizes = [k for k in kernel if k]
-            if self.need(t.kind <= 2, "RMM-036", at, f"unknown kind {t.kind}", "unsupported"):
-                fits = (
-                    1 <= t.n_in <= 2**40
-                    and 1 <= t.n_out <= 2**40
-                    and t.flags <= 1
-                    and (t.kind == 2) == bool(sizes)
-                    and kernel == (*sizes, 0, 0, 0)[:3]
-                    and t.n_in % math.prod(sizes) == 0
-                )
-                self.need(fits, "RMM-036", at, f"{t}")
-            self.need(t.reserved == 0, "RMM-037", at, "reserved field is not zero")
+            need(t.kind <= 2, "RMM-036", at, f"unknown kind {t.kind}", "unsupported")
+            fits = (
+                1 <= t.n_in <= 2**40
+                and 1 <= t.n_out <= 2**40
+                and t.flags <= 1
+                and (t.kind == 2) == bool(sizes)
+                and kernel == (*sizes, 0, 0, 0)[:3]
+                and t.n_in % math.prod(sizes) == 0
+            )
+            need(fits, "RMM-036", at, f"{t}")
             key = (t.name, t.n_in, t.n_out, t.kind, t.flags, *kernel)
             fits = t.name < len(self.names) and key > before
-            self.need(fits, "RMM-035", at, f"name {t.name}, or order")
+            need(fits, "RMM-035", at, f"name {t.name}, or order")
             before = key
 
     def layouts(self) -> None:
-        """6.1 RUNS and LAYO, RMM-037, RMM-040, RMM-041."""
-        for i, run in enumerate(self.table["RUNS"]):
-            at = self.at("RUNS", i)
-            self.need(not any(run.reserved), "RMM-037", at, "reserved field is not zero")
-            self.need(run.count > 0, "RMM-040", at, "empty run")
-        first = 0
+        """6.1 RUNS and LAYO, RMM-040 and RMM-041."""
+        runs, first = self.table["RUNS"], 0
+        for i, run in enumerate(runs):
+            need(run.count > 0, "RMM-040", self.at("RUNS", i), "empty run")
+        self.n_rows, self.fixed_size = {NONE: 0}, {NONE: True}  # by layout
         for i, x in enumerate(self.table["LAYO"]):
-            runs = self.table["RUNS"][first : first + x.n_runs]
-            fits = x.first_run == first and len(runs) == x.n_runs > 0
-            fits = fits and sum(run.count for run in runs) == x.n_rows
-            if not self.need(fits, "RMM-041", self.at("LAYO", i), f"{x}"):
-                return
+            at, own = self.at("LAYO", i), runs[first : first + x.n_runs]
+            fits = x.first_run == first and len(own) == x.n_runs > 0
+            need(fits and sum(run.count for run in own) == x.n_rows, "RMM-041", at, f"{x}")
+            fixed = [run.encoding in ENCODINGS and run.encoding != 0x20 for run in own]
+            for j, (one, two) in enumerate(pairwise(own)):
+                text = f"successive runs of encoding {one.encoding:#04x}"
+                need(one.encoding != two.encoding or not fixed[j], "RMM-041", at, text)
+            self.n_rows[i], self.fixed_size[i] = x.n_rows, all(fixed)
             first += x.n_runs
-        left = first < len(self.table["RUNS"])
-        self.need(not left, "RMM-041", self.at("RUNS", first), "runs without a layout")
-
-    def n_rows(self, layout: int) -> int:
-        return 0 if layout == NONE else self.table["LAYO"][layout].n_rows
-
-    def known(self, *layouts: int) -> bool:
-        return all(i == NONE or i < len(self.table["LAYO"]) for i in layouts)
+        need(first == len(runs), "RMM-041", self.at("RUNS", first), "runs without a layout")
 
     def forms(self) -> None:
-        """6.1 FORM, RMM-037, RMM-042, RMM-043."""
+        """6.1 FORM, RMM-042 and RMM-043."""
         for i, f in enumerate(self.table["FORM"]):
-            at, residuals = self.at("FORM", i), (f.residual_a, f.residual_b)
-            self.need(not any(f.reserved), "RMM-037", at, "reserved field is not zero")
+            residuals = (f.residual_a, f.residual_b)
             fits = math.isfinite(f.scale) and 1 <= f.rank <= 2**20
             fits = fits and {f.dtype_a, f.dtype_b} <= {1, 2, 3}
-            fits = fits and self.known(f.coefficients_a, f.coefficients_b, *residuals)
-            if self.need(fits, "RMM-042", at, f"{f}"):
-                fits = all(x == NONE or self.n_rows(x) == f.rank for x in residuals)
-                self.need(fits, "RMM-043", at, f"a residual has not {f.rank} rows")
+            fits = fits and {f.coefficients_a, f.coefficients_b, *residuals} <= self.n_rows.keys()
+            need(fits, "RMM-042", self.at("FORM", i), f"{f}")
+            fits = all(x == NONE or self.n_rows[x] == f.rank for x in residuals)
+            need(fits, "RMM-043", self.at("FORM", i), f"a residual has not {f.rank} rows")
+
+    def parts(self, frame: int | None) -> tuple[Any, Any]:
+        """Return the parts of a frame; without a frame it is as if both were absent."""
+        if frame is None:
+            return ABSENT, ABSENT
+        record = self.table["FRAM"][frame]
+        return Part._make(record[4:11]), Part._make(record[11:18])
 
     def part_fits(self, part: Any, length: int) -> bool:
         """6.1 FRAM: "In a part that is not absent (RMM-051)"."""
@@ -563,167 +525,99 @@ class Collection:
             and 1 <= part.group <= length
             and (not mixing or part.group == length)
             and p <= 2**20
-            and (part.basis == NONE) == (p == 0)
             and part.flags <= 1
-            and self.known(part.mean, part.basis)
-            and (part.mean == NONE or self.n_rows(part.mean) == rank)
-            and self.n_rows(part.basis) == p * (1 if mixing else rank)
+            and {part.mean, part.basis} <= self.n_rows.keys()
+            and (part.basis == NONE) == (p == 0)
+            and (part.mean == NONE or self.n_rows[part.mean] == rank)
+            and self.n_rows[part.basis] == p * (1 if mixing else rank)
             and not part.mean == part.basis == NONE
         )
 
-    def parts(self, frame: int | None) -> tuple[Any, Any]:
-        """Return the parts of a frame; without a frame it is as if both were absent."""
-        if frame is None:
-            return ABSENT, ABSENT
-        record = self.table["FRAM"][frame]
-        return Part._make(record[4:11]), Part._make(record[11:18])
-
     def frames(self) -> None:
-        """6.1 FRAM, RMM-037 and RMM-050 to RMM-052."""
+        """6.1 FRAM, RMM-050 to RMM-052."""
         self.clusters: dict[int, list[int]] = {}
         before = 0
         for i, f in enumerate(self.table["FRAM"]):
             at, parts = self.at("FRAM", i), self.parts(i)
             fits = before <= f.target < len(self.table["TARG"])
-            if not self.need(fits, "RMM-050", at, f"target {f.target}"):
-                return
-            before = f.target
-            self.clusters.setdefault(f.target, []).append(i)
-            reserved = any(part.reserved for part in parts)
-            self.need(not reserved, "RMM-037", at, "reserved field is not zero")
+            need(fits, "RMM-050", at, f"target {f.target}")
             sides = zip(parts, self.table["TARG"][f.target][:2], strict=True)
             fits = all(part == ABSENT or self.part_fits(part, n) for part, n in sides)
-            if self.need(fits and parts != (ABSENT, ABSENT), "RMM-051", at, f"{parts}"):
-                takes = self.length(self.frame_arrays(i))
-                fits = takes in (None, f.length) and (f.length > 0 or f.offset == 0)
-                self.need(fits, "RMM-052", at, f"{f.length} bytes, arrays take {takes}")
+            need(fits and parts != (ABSENT, ABSENT), "RMM-051", at, f"{parts}")
+            self.check_length(self.frame_arrays(i), f, at, "RMM-052")
+            before = f.target
+            self.clusters.setdefault(f.target, []).append(i)
 
-    def tasks_table(self) -> None:
-        """6.1 TASK, RMM-037, RMM-055, RMM-056; the second half of RMM-058."""
-        entries, privates, before, self.tasks = 0, 0, -1, []
+    def tiling(self) -> None:
+        """6.1 TASK, RMM-055 and RMM-056."""
+        entries, privates, before = 0, 0, -1
         for i, t in enumerate(self.table["TASK"]):
             at = self.at("TASK", i)
-            self.need(t.reserved == 0, "RMM-037", at, "reserved field is not zero")
-            if self.need(before < t.name < len(self.names), "RMM-055", at, f"name {t.name}"):
-                self.tasks.append(self.names[t.name])
+            need(before < t.name < len(self.names), "RMM-055", at, f"name {t.name}")
             fits = (t.first_entry, t.first_private) == (entries, privates)
-            self.need(fits, "RMM-056", at, "entries or private tensors do not follow on")
-            self.need(t.length > 0 or t.offset == 0, "RMM-058", at, f"empty run at {t.offset}")
+            need(fits, "RMM-056", at, "entries or private tensors do not follow on")
             before, entries, privates = t.name, entries + t.n_entries, privates + t.n_privates
         fits = (entries, privates) == (len(self.table["ENTR"]), len(self.table["PRIV"]))
-        self.need(fits, "RMM-056", self.at("TASK", 0), "entries or private tensors of no task")
+        need(fits, "RMM-056", self.at("TASK", 0), "entries or private tensors of no task")
 
-    def lists(self) -> None:
-        """6.1 TLST and TASK, RMM-057."""
-        targets = self.table["TARG"]
-        for i, t in enumerate(self.table["TASK"]):
-            ids = [x.target for x in self.table["TLST"][t.first_target :][: t.n_entries]]
-            fits = t.first_target + t.n_entries <= len(self.table["TLST"])
-            fits = (
-                fits
-                and all(a < b for a, b in pairwise(ids))
-                and max(ids, default=-1) < len(targets)
+    def task(self, t: Any, at: int) -> None:
+        """6.1 TASK and ENTR, RMM-057 to RMM-063."""
+        targets, forms = self.table["TARG"], self.table["FORM"]
+        ids = [x.target for x in self.table["TLST"][t.first_target : t.first_target + t.n_entries]]
+        fits = len(ids) == t.n_entries and all(a < b for a, b in pairwise(ids))
+        fits = fits and max(ids, default=-1) < len(targets)
+        fits = fits and len({targets[x].name for x in ids}) == len(ids)
+        need(fits, "RMM-057", at, f"targets {ids[:8]}")
+        members, end, n_values, work = list[Member](), 0, 0, 0
+        for i, target in enumerate(ids, t.first_entry):
+            e, sides = self.table["ENTR"][i], targets[target][:2]
+            form = forms[e.form] if e.form < len(forms) else None
+            clusters = [None, *self.clusters.get(target, ())]
+            fits = form and form.cluster < len(clusters)
+            frame = clusters[form.cluster] if fits else None
+            parts = self.parts(frame)
+            fits = fits and all(
+                (part == ABSENT or form.rank <= part.rank)
+                and (layout == NONE) == (part.n_components == 0)
+                and self.n_rows[layout] == part.n_components
+                for part, layout in zip(parts, form[3:7:2], strict=True)
             )
-            fits = fits and len({targets[x].name for x in ids}) == len(ids)
-            self.need(fits, "RMM-057", self.at("TASK", i), f"targets {ids[:8]}")
-
-    def members(self, task: int) -> Iterator[Member]:
-        """6.1: "Entry first_entry + j belongs to the j-th target"; 7.1 places it in the run."""
-        t, position = self.table["TASK"][task], 0
-        for i in range(t.first_entry, t.first_entry + t.n_entries):
-            record = self.table["ENTR"][i]
-            target = self.table["TLST"][t.first_target + i - t.first_entry].target
-            form = (
-                self.table["FORM"][record.form] if record.form < len(self.table["FORM"]) else None
+            need(fits, "RMM-060", self.at("ENTR", i), f"form {e.form}")
+            end = ceil_to(end, 64) if e.length >= 4096 else end  # 7.1
+            members.append(
+                Member(self.at("ENTR", i), e, targets[target], form, frame, t.offset + end)
             )
-            frames = self.clusters.get(target, [])
-            known = form is not None and 1 <= form.cluster <= len(frames)
-            frame = frames[form.cluster - 1] if known else None
-            if record.length >= 4096:
-                position = ceil_to(position, 64)
-            yield Member(i, t.offset + position, record, self.table["TARG"][target], form, frame)
-            position += record.length
+            end += e.length
+            n_values += form.rank * sum(sides)
+            for part, n in zip(parts, sides, strict=True):
+                work += (1 + part.n_components) * form.rank * n
+        need(end == t.length, "RMM-058", at, f"{t.length} bytes, entries take {end}")
+        for m in members:
+            self.check_length(self.entry_arrays(m), m.entry, m.at, "RMM-061")
+        need(n_values <= 1024 * self.slot.file_length, "RMM-062", at, f"{n_values} values")
+        need(work <= 16384 * self.slot.file_length, "RMM-063", at, f"{work} products and sums")
+        self.tasks[self.names[t.name]] = members
+        self.check_privates(t, at)
 
-    def entry_fits(self, m: Member) -> bool:
-        """6.1 ENTR: "The entry's form, its target and the frame [...] MUST fit"."""
-        if m.form is None or (m.form.cluster and m.frame is None):
-            return False
-        a, b = self.parts(m.frame)
-        return all(
-            (part == ABSENT or m.form.rank <= part.rank)
-            and (layout == NONE) == (part.n_components == 0)
-            and self.n_rows(layout) == part.n_components
-            for part, layout in ((a, m.form.coefficients_a), (b, m.form.coefficients_b))
-        )
-
-    def entries_table(self) -> None:
-        """6.1 ENTR and 7.1, RMM-058 and RMM-060 to RMM-062."""
-        for i, t in enumerate(self.table["TASK"]):
-            end, n_values, at_task = t.offset, 0, self.at("TASK", i)
-            for m in self.members(i):
-                at, length = self.at("ENTR", m.index), m.record.length
-                if self.need(self.entry_fits(m), "RMM-060", at, f"form {m.record.form}"):
-                    takes = self.length(self.entry_arrays(m))
-                    fits = takes in (None, length)
-                    self.need(fits, "RMM-061", at, f"{length} bytes, arrays take {takes}")
-                    n_values += m.form.rank * (m.target.n_in + m.target.n_out)
-                end = m.offset + length
-            if self.usable:
-                takes = end - t.offset
-                self.need(takes == t.length, "RMM-058", at_task, f"{t.length}, not {takes} bytes")
-            fits = n_values <= 1024 * self.slot.file_length
-            self.need(fits, "RMM-062", at_task, f"{n_values} values")
-
-    def privates_table(self) -> None:
-        """6.1 PRIV, BLOB and DIMS, RMM-037 and RMM-065 to RMM-067."""
-        blobs, dims = self.table["BLOB"], [d.size for d in self.table["DIMS"]]
-        for i, b in enumerate(blobs):
-            at = self.at("BLOB", i)
-            self.need(b.reserved == 0, "RMM-037", at, "reserved field is not zero")
-            self.need(b.length > 0 or b.offset == 0, "RMM-067", at, f"empty blob at {b.offset}")
-        for t in self.table["TASK"]:
-            before = -1
-            for i in range(t.first_private, t.first_private + t.n_privates):
-                at, p = self.at("PRIV", i), self.table["PRIV"][i]
-                self.need(
-                    p.reserved == p.reserved2 == 0, "RMM-037", at, "reserved field is not zero"
-                )
-                fits = before < p.name < len(self.names) and p.blob < len(blobs)
-                fits = fits and p.dtype in DTYPES and p.n_dims <= 8
-                fits = fits and p.first_dim + p.n_dims <= len(dims)
-                if self.need(fits, "RMM-065", at, f"{p}"):
-                    shape = dims[p.first_dim : p.first_dim + p.n_dims]
-                    n_bytes = math.prod(shape) * int(DTYPES[p.dtype].split()[1])
-                    fits = max(shape, default=0) <= 2**40 and n_bytes == blobs[p.blob].length
-                    self.need(fits, "RMM-066", at, f"shape {shape}, {blobs[p.blob].length} bytes")
-                before = p.name
+    def check_privates(self, t: Any, at_task: int) -> None:
+        """6.1 PRIV, BLOB and DIMS, RMM-064 to RMM-066."""
+        blobs, dims, before, total = self.table["BLOB"], self.table["DIMS"], -1, 0
+        for i in range(t.first_private, t.first_private + t.n_privates):
+            at, p = self.at("PRIV", i), self.table["PRIV"][i]
+            fits = before < p.name < len(self.names) and p.blob < len(blobs)
+            fits = fits and p.dtype in DTYPES and p.n_dims <= 8
+            need(fits and p.first_dim + p.n_dims <= len(dims), "RMM-065", at, f"{p}")
+            shape = [d.size for d in dims[p.first_dim : p.first_dim + p.n_dims]]
+            n_bytes = math.prod(shape) * int(DTYPES[p.dtype].split()[1])
+            fits = max(shape, default=0) <= 2**40 and n_bytes == blobs[p.blob].length
+            need(fits, "RMM-066", at, f"shape {shape}, {blobs[p.blob].length} bytes")
+            before, total = p.name, total + n_bytes
+        need(total <= 1024 * self.slot.file_length, "RMM-064", at_task, f"{total} private bytes")
 
     # --- 7 Extents ---
 
-    def extents(self) -> None:
-        """7, RMM-070 to RMM-072."""
-        kinds = ("FRAM", "TASK", "BLOB", "free")
-        found = [(x.offset, x.length, name) for name in kinds for x in self.table[name] if x.length]
-        found.append((self.slot.index_offset, self.slot.index_length, "index"))
-        for i, x in enumerate(self.table["free"]):
-            at = self.at("free", i)
-            self.need(x.reserved == 0, "RMM-037", at, "reserved field is not zero")
-            self.need(x.length > 0, "RMM-071", at, "empty free extent")
-        before, end = 640, self.slot.file_length
-        for offset, length, name in sorted(found):
-            fits = name == "free" or offset % (64 if length >= 4096 else 8) == 0
-            self.need(fits, "RMM-070", offset, f"{name}: {length} bytes at {offset}")
-            fits = before <= offset and offset + length <= end
-            if self.need(fits, "RMM-071", offset, f"{name}: overlap, or outside of the payload"):
-                fits = offset - before < 64
-                if self.need(fits, "RMM-072", before, f"{offset - before} bytes in no extent"):
-                    spare = self.spare(before, offset)
-                    self.note(spare < 0, "RMM-072", spare, "byte between extents is not zero")
-            before = max(before, offset + length)
-        self.need(before >= end, "RMM-072", before, "the last extent does not end the file")
-
     def frame_arrays(self, i: int) -> list[tuple[int, int]]:
-        """7.2: "a frame's are: mean of A, basis of A, mean of B, basis of B"."""
+        """7.2: "a frame's are: mean of A, basis of A, mean of B, basis of B"; layout, length."""
         n_in, n_out = self.table["TARG"][self.table["FRAM"][i].target][:2]
         a, b = self.parts(i)
         return [(a.mean, n_in), (a.basis, n_in), (b.mean, n_out), (b.basis, n_out)]
@@ -733,166 +627,168 @@ class Collection:
         arrays, (a, b) = [], self.parts(m.frame)
         for part, ids, n in ((a, m.form[3:5], m.target.n_in), (b, m.form[5:7], m.target.n_out)):
             k = m.form.rank if part.flags & 1 else 1  # "K = rank with row mixing and 1 otherwise"
-            positions = 0 if part == ABSENT else ceil_to(n, part.group) // part.group
+            positions = -(-n // part.group) if part.group else 0
             arrays += [(ids[0], k * positions), (ids[1], n)]
         return arrays
 
-    def length(self, arrays: list[tuple[int, int]]) -> int | None:
+    def check_length(self, arrays: list[tuple[int, int]], x: Any, at: int, rule: str) -> None:
         """RMM-052, RMM-061: what the arrays take, "if all encodings are fixed-size"."""
-        key = tuple(arrays)
-        if key not in self.lengths:
-            self.lengths[key] = self.place(arrays)[1]
-        return self.lengths[key]
+        if all(self.fixed_size[layout] for layout, _ in arrays):
+            self.place(arrays, 0, x.length, at, rule)
 
     def place(
-        self, arrays: list[tuple[int, int]], offset: int = 0, payload: bytes | None = None
-    ) -> tuple[list[Array | None], int | None]:
-        """7.2: place every run; no length where that takes a payload and there is none."""
-        placed: list[Array | None] = []
-        position = 0
-        for layout, n in arrays:
-            array, first = Array(payload or b"", n), 0
-            placed.append(None if layout == NONE else array)
+        self, arrays: list[tuple[int, int]], offset: int, length: int, at: int, rule: str
+    ) -> list[Run]:
+        """7.2: find the runs of an entry or frame whose record is at `at`."""
+        placed, end = [], 0
+        for number, (layout, n) in enumerate(arrays):
             x = None if layout == NONE else self.table["LAYO"][layout]
+            first = 0
             for i in range(x.first_run, x.first_run + x.n_runs) if x else ():
                 count, code = self.table["RUNS"][i][:2]
-                encoding, rows = ENCODINGS.get(code), None
-                if payload is None and (encoding is None or encoding.run):
-                    return placed, None
-                if encoding is None:
-                    text = f"unknown encoding {code:#04x}"
-                    raise Refused("RMM-088", self.at("RUNS", i), text, "unsupported")
-                if encoding.row_bytes is not None:
+                text = f"unknown encoding {code:#04x}"
+                need(code in ENCODINGS, "RMM-088", self.at("RUNS", i), text, "unsupported")
+                encoding, rows, start = ENCODINGS[code], list[F32 | None](), end
+                if encoding.row_bytes:
                     n_bytes = count * encoding.row_bytes(n)
-                    position = ceil_to(position, 64) if n_bytes >= 4096 else position
-                elif encoding.run is not None and payload is not None:
-                    try:
-                        n_bytes, rows = encoding.run(payload[position:], count, n)
-                    except ValueError as fault:
-                        text = f"{encoding.name}: {fault}"
-                        raise Refused("RMM-087", offset + position, text) from fault
-                array.runs.append(Run(first, position, n_bytes, count, encoding, rows))
-                first, position = first + count, position + n_bytes
-        return placed, position
-
-    def payload(self, arrays: list[tuple[int, int]], offset: int, length: int, rule: str) -> Any:
-        """Place the arrays of an entry or frame on its bytes."""
-        placed, takes = self.place(arrays, offset, self.data[offset : offset + length])
-        if takes != length:
-            raise Refused(rule, offset, f"{length} bytes, arrays take {takes}")
+                    start = ceil_to(end, 64) if n_bytes >= 4096 else end
+                else:
+                    raw = self.data[offset + end : offset + length]
+                    n_bytes, rows = trellis_run(raw, count, n, offset + end)
+                end = start + n_bytes
+                need(end <= length, rule, at, f"{length} bytes, arrays take more")
+                placed.append(Run(number, first, count, n, encoding, offset + start, n_bytes, rows))
+                first += count
+        need(end == length, rule, at, f"{length} bytes, arrays take {end}")
         return placed
 
     # --- 8 Reconstruction ---
 
+    def arrays(self, layouts: list[tuple[int, int]], *place: Any) -> list[Array | None]:
+        """Return the arrays of an entry or frame, None where the layout is NONE."""
+        runs = self.place(layouts, *place)
+        return [
+            None if layout == NONE else Array(self.data, [r for r in runs if r.array == number])
+            for number, (layout, _) in enumerate(layouts)
+        ]
+
     def load(self, task: str) -> dict[str, tuple[F32, F32, float]]:
         """Return A (rank, n_in), B (n_out, rank) and the scale at each target of a task."""
         out = {}
-        for m in self.members(self.tasks.index(task)):
-            frame: list[Any] = [None] * 4
+        for m in self.tasks[task]:
+            rank, shared = m.form.rank, list[Array | None]([None] * 4)
             if m.frame is not None:
-                f = self.table["FRAM"][m.frame]
-                frame = self.payload(self.frame_arrays(m.frame), f.offset, f.length, "RMM-052")
-            entry = self.payload(self.entry_arrays(m), m.offset, m.record.length, "RMM-061")
+                f, at = self.table["FRAM"][m.frame], self.at("FRAM", m.frame)
+                shared = self.arrays(self.frame_arrays(m.frame), f.offset, f.length, at, "RMM-052")
+            own = self.arrays(self.entry_arrays(m), m.offset, m.entry.length, m.at, "RMM-061")
             a, b = self.parts(m.frame)
-            A = factor(m.form.rank, m.target.n_in, a, *frame[:2], *entry[:2])
-            B = factor(m.form.rank, m.target.n_out, b, *frame[2:], *entry[2:])
+            A = factor(rank, m.target.n_in, a, *shared[:2], *own[:2])
+            B = factor(rank, m.target.n_out, b, *shared[2:], *own[2:])
             out[self.names[m.target.name]] = A, np.ascontiguousarray(B.T), m.form.scale
         return out
 
-    def entries(self, task: str) -> list[tuple[str, Any, Any]]:
-        """Return the name, target and form of each entry of a task."""
-        members = self.members(self.tasks.index(task))
-        return [(self.names[m.target.name], m.target, m.form) for m in members]
-
     def privates(self, task: str) -> dict[str, tuple[int, int, tuple[int, ...], bytes]]:
         """Return dtype, role, shape and bytes of each private tensor of a task."""
-        t, out = self.table["TASK"][self.tasks.index(task)], {}
-        for p in self.table["PRIV"][t.first_private :][: t.n_privates]:
-            blob = self.table["BLOB"][p.blob]
-            shape = tuple(d.size for d in self.table["DIMS"][p.first_dim :][: p.n_dims])
+        t, out = self.table["TASK"][[*self.tasks].index(task)], {}
+        for p in self.table["PRIV"][t.first_private : t.first_private + t.n_privates]:
+            blob, dims = self.table["BLOB"][p.blob], self.table["DIMS"]
+            shape = tuple(d.size for d in dims[p.first_dim : p.first_dim + p.n_dims])
             content = self.data[blob.offset : blob.offset + blob.length]
             out[self.names[p.name]] = p.dtype, p.role, shape, content
         return out
 
     def metadata(self) -> dict[str, Any] | None:
-        """9; None if there is none, ValueError if it is broken."""
-        raw = self.raw.get("meta")
-        return parse_metadata(raw) if raw else None
-
-    # --- What validators check beyond: optional sections and payload ---
-
-    def optional_sections(self) -> None:
-        """6.1 erro and section 9, RMM-090 to RMM-092."""
-        errors, n, at = self.table["erro"], len(self.table["ENTR"]), self.at("meta", 0)
-        fits = len(errors) in (0, n)
-        self.note(fits, "RMM-092", self.at("erro", 0), f"{len(errors)} errors, {n} entries")
-        for i, (error,) in enumerate(errors):
-            self.note(not error < 0, "RMM-092", self.at("erro", i), f"negative error {error}")
+        """9; None if there is none.  Refuses what breaks RMM-026, RMM-090 or RMM-091."""
+        raw = self.raw("meta")
+        if not raw:
+            return None
+        at = self.at("meta", 0)
         try:
-            value = self.metadata()
+            value = parse_metadata(raw)
         except ValueError as fault:
-            self.note(False, "RMM-090", at, f"metadata: {fault}")
-            return
+            raise Refused("RMM-090", at, f"metadata: {fault}", "malformed") from fault
         schema = json.loads(Path(__file__).with_name("metadata.schema.json").read_text("utf-8"))
-        path = None if value is None else misfit(value, schema, schema)
-        self.note(path is None, "RMM-091", at, f"metadata: {path} breaks the schema")
+        path = misfit(value, schema, schema)
+        need(path is None, "RMM-091", at, f"metadata: {path} breaks the schema")
+        fits = all(t.get("config", -1) < len(value["configs"]) for t in value["tasks"].values())
+        need(fits, "RMM-091", at, "metadata: a config is not below the number of configs")
+        return value
 
-    def payloads(self) -> None:
-        """RMM-080 to RMM-088."""
+    # --- What validators check beyond ---
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield the rules marked "load" and "validate" that the file breaks."""
+        yield from self.slot_faults
+        for start, end in self.gaps:
+            yield from self.zeros("RMM-072", start, end)
+        try:
+            self.metadata()
+            errors, n = self.records("erro", self.raw("erro")) if "erro" in self.sections else [], 0
+            n, at = len(self.table["ENTR"]), self.at("erro", 0)
+            need(len(errors) in (0, n), "RMM-092", at, f"{len(errors)} errors, {n} entries")
+            for i, (error,) in enumerate(errors):
+                need(not error < 0, "RMM-092", self.at("erro", i), f"negative error {error}")
+        except Refused as fault:
+            yield fault.rule, fault.offset, fault.message
         for i, f in enumerate(self.table["FRAM"]):
-            self.check_payload(self.frame_arrays(i), f.offset, f, "RMM-081", "RMM-052")
-        for i, t in enumerate(self.table["TASK"]):
-            position = t.offset
-            for m in self.members(i):
-                spare = self.spare(position, m.offset)
-                self.note(spare < 0, "RMM-085", spare, "padding is not zero")
-                position = m.offset + m.record.length
-                self.check_payload(self.entry_arrays(m), m.offset, m.record, "RMM-080", "RMM-061")
+            arrays, at = self.frame_arrays(i), self.at("FRAM", i)
+            yield from self.payload(arrays, f.offset, f, at, "RMM-052", "RMM-081")
+        for t, members in zip(self.table["TASK"], self.tasks.values(), strict=True):
+            end = t.offset
+            for m in members:
+                yield from self.zeros("RMM-085", end, m.offset)
+                arrays, end = self.entry_arrays(m), m.offset + m.entry.length
+                yield from self.payload(arrays, m.offset, m.entry, m.at, "RMM-061", "RMM-080")
         for name, rule in (("BLOB", "RMM-082"), ("free", "RMM-083")):
             for x in self.table[name]:
-                right = crc32c(self.data[x.offset : x.offset + x.length]) == x.crc
-                self.note(right, rule, x.offset, f"{name}: wrong crc")
+                if crc32c(self.data[x.offset : x.offset + x.length]) != x.crc:
+                    yield rule, x.offset, "wrong crc"
 
-    def check_payload(
-        self, arrays: list[tuple[int, int]], offset: int, record: Any, crc_rule: str, rule: str
-    ) -> None:
-        right = crc32c(self.data[offset : offset + record.length]) == record.crc
-        if not self.note(right, crc_rule, offset, "wrong crc"):
+    def zeros(self, rule: str, start: int, end: int) -> Iterator[Fault]:
+        at = self.nonzero(start, end)
+        if at:
+            yield rule, at, "padding is not zero"
+
+    def payload(
+        self, arrays: Any, offset: int, x: Any, at: int, rule: str, crc_rule: str
+    ) -> Iterator[Fault]:
+        """RMM-080, 081, 085 to 088 for one entry or frame; its contents only if its crc is right."""
+        if crc32c(self.data[offset : offset + x.length]) != x.crc:
+            yield crc_rule, offset, "wrong crc"
             return
         try:
-            placed = self.payload(arrays, offset, record.length, rule)
-        except Refused as refused:
-            self.note(False, refused.rule, refused.offset, refused.message)
+            placed = self.place(arrays, offset, x.length, at, rule)
+        except Refused as fault:
+            yield fault.rule, fault.offset, fault.message
             return
-        position = offset
-        for array in placed:
-            for run in array.runs if array else ():
-                start, size = offset + run.position, run.n_bytes // run.count
-                spare = self.spare(position, start)
-                self.note(spare < 0, "RMM-085", spare, "padding is not zero")
-                position = start + run.n_bytes
-                for at in range(start, position, size) if run.encoding.bits and size else ():
-                    block = bad_block(self.data[at : at + size], array.n, run.encoding.bits)
-                    self.note(block is None, "RMM-086", at + (block or 0), "scale, or spare code")
+        end = offset
+        for run in placed:
+            yield from self.zeros("RMM-085", end, run.offset)
+            end = run.offset + run.length
+            if bits := run.encoding.bits:  # "finite", "codes beyond the row's end [...] zero"
+                scales, codes = q_blocks(self.data[run.offset : end], bits)
+                spare = codes.reshape(run.count, -1).copy()
+                spare[:, : run.n] = 0
+                bad = ~np.isfinite(scales) | spare.reshape(-1, 32).any(axis=1)
+                if bad.any():
+                    block = run.offset + int(bad.argmax()) * (2 + 4 * bits)
+                    yield "RMM-086", block, "scale is not finite, or spare code is not zero"
 
 
-def inflate(raw: bytes, n_bytes: int) -> bytes | None:
-    """6: "a zlib stream (RFC 1950) of count · record_size bytes" (RMM-026)."""
-    stream = zlib.decompressobj()
-    try:
-        plain = stream.decompress(raw, n_bytes + 1)
-    except zlib.error:
-        return None
-    return plain if stream.eof and not stream.unused_data and len(plain) == n_bytes else None
+class Array:
+    """7.2: "An array is its runs in order"."""
 
+    def __init__(self, data: bytes, runs: list[Run]) -> None:
+        self.data, self.runs = data, runs
 
-def bad_block(raw: bytes, n: int, bits: int) -> int | None:
-    """RMM-086: "Block scales are finite, codes beyond the row's end zero"; where they are not."""
-    scales, codes = q_blocks(raw, bits)
-    spare = codes.reshape(-1).copy()
-    spare[:n] = 0
-    bad = ~np.isfinite(scales) | spare.reshape(-1, 32).any(axis=1)
-    return None if not bad.any() else int(bad.argmax()) * (2 + 4 * bits)
+    def row(self, i: int) -> F32:
+        run = self.runs[bisect_right(self.runs, i, key=lambda run: run.first) - 1]
+        if run.encoding.decode is None:
+            row = run.rows[i - run.first]
+            return np.zeros(run.n, np.float32) if row is None else row
+        size = run.length // run.count
+        start = run.offset + (i - run.first) * size
+        return run.encoding.decode(self.data[start : start + size], run.n)
 
 
 def factor(
@@ -912,16 +808,15 @@ def factor(
         before = x[k]
         x[k] = term if before is None else before + term
 
-    mixing, positions = part.flags & 1, -(-length // max(part.group, 1))
+    mixing = part.flags & 1
     with np.errstate(all="ignore"):
-        for j in range(part.n_components):
-            assert basis is not None
-            assert coefficients is not None
-            c_j = coefficients.row(j)
+        for j in range(part.n_components if basis and coefficients else 0):
+            c_j = coefficients.row(j)  # type: ignore[union-attr]
+            positions = -(-length // part.group)
             for k in range(rank):
-                kc = k if mixing else 0
-                c = np.repeat(c_j[kc * positions : (kc + 1) * positions], part.group)[:length]
-                add(k, c * basis.row(j if mixing else j * part.rank + k))
+                c = c_j[k * positions :][:positions] if mixing else c_j  # kc
+                row = basis.row(j if mixing else j * part.rank + k)  # type: ignore[union-attr]  # kb
+                add(k, np.repeat(c, part.group)[:length] * row)
         for k in range(rank if residual else 0):
             add(k, residual.row(k))  # type: ignore[union-attr]
     zero = np.zeros(length, np.float32)  # 8.1: "If no term is present the value is +0"
@@ -941,7 +836,7 @@ def parse_metadata(raw: bytes) -> dict[str, Any]:
 
     def number(text: str) -> float:
         value = int(text) if re.fullmatch(r"-?\d{1,18}", text) else float(text)
-        if not np.isfinite(value):
+        if not math.isfinite(value):
             raise ValueError(f"number {text[:40]}")
         return value
 
@@ -954,6 +849,7 @@ def parse_metadata(raw: bytes) -> dict[str, Any]:
     value = json.loads(
         text, object_pairs_hook=pairs, parse_constant=number, parse_float=number, parse_int=number
     )
+    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
@@ -967,13 +863,13 @@ def misfit(value: Any, schema: Any, root: Any, path: str = "") -> str | None:
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
     kind, inner = schema.get("type"), []
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if kind and (not isinstance(value, TYPES[kind]) or isinstance(value, bool)):
         return path
     if kind in ("number", "integer") and value < schema.get("minimum", value):
         return path
     if kind == "string" and not re.search(schema.get("pattern", ""), value):
-        return path
-    if kind == "string" and len(value) < schema.get("minLength", 0):
         return path
     if kind == "array":
         inner = [(i, item, schema.get("items", {})) for i, item in enumerate(value)]
@@ -993,14 +889,15 @@ def misfit(value: Any, schema: Any, root: Any, path: str = "") -> str | None:
 
 def open_file(data: bytes) -> Collection:
     """Return the collection, or raise `Refused` at the first "open" rule that the file breaks."""
-    return Collection(bytes(data), None)
+    return Collection(bytes(data))
 
 
-def validate(data: bytes) -> list[tuple[str, int, str]]:
-    """Return the rules that the file breaks: rule, offset, message."""
-    found: list[tuple[str, int, str]] = []
-    Collection(bytes(data), found)
-    return found
+def validate(data: bytes) -> list[Fault]:
+    """Return the rules that the file breaks: the first "open" one, or all others."""
+    try:
+        return [*open_file(data).faults()]
+    except Refused as fault:
+        return [(fault.rule, fault.offset, fault.message)]
 
 
 def main(argv: list[str]) -> int:
@@ -1011,12 +908,11 @@ def main(argv: list[str]) -> int:
     except Refused as refused:
         print(f"refused: {refused}")
         return 4 if refused.status == "unsupported" else 3
-    for task in collection.tasks:
+    for task, members in collection.tasks.items():
         print(task)
-        for name, target, form in collection.entries(task):
-            print(
-                f"  {name}: rank {form.rank}, {target.n_in} to {target.n_out}, scale {form.scale:g}"
-            )
+        for m in members:
+            name, t, form = collection.names[m.target.name], m.target, m.form
+            print(f"  {name}: rank {form.rank}, {t.n_in} to {t.n_out}, scale {form.scale:g}")
         for name, (dtype, _, shape, _) in collection.privates(task).items():
             print(f"  {name}: {DTYPES[dtype].split()[0]} {list(shape)}")
     found = validate(data)

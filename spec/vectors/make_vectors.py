@@ -121,11 +121,12 @@ class Set:
         comment: str,
         edit: Callable[[Draft], None] | None = None,
         meta: Any = None,
+        expected: Any = None,
     ) -> None:
         draft = Draft(collection)
         if edit:
             edit(draft)
-        expected = expect(collection) | {"metadata": meta}
+        expected = (expected or expect(collection)) | {"metadata": meta}
         entry = {"id": name, "verdict": "valid", "status": "ok", "comment": comment, "since": SINCE}
         self._add(entry, draft.pack(), expected)
 
@@ -424,12 +425,6 @@ def encodings(s: Set) -> None:
         alone("task", [(t, rows(r, codes, 45), rows(r, codes[::-1], 20))]),
         "Every row of a factor in another encoding, small runs right behind one another.",
     )
-    one, two = rows(r, [2], 9), rows(r, [2, 2], 9)
-    s.valid(
-        "v-runs-adjacent",
-        alone("task", [(Target("t", 9, 9), one + two, two + one)]),
-        "Successive runs of one encoding are not merged: nothing says that they must be.",
-    )
     every = [
         (Target(name, 32 * -(-2**bits // 32), 32),
          runs(row_q(bits, [0.5, -0.5] * 4, [i % 2**bits for i in range(32 * -(-2**bits // 32))])),
@@ -625,6 +620,14 @@ def targets_and_names(s: Set) -> None:
         Collection([Task("a", [a]), Task("b", [b])]),
         "Two targets of one name and different shapes, in different tasks.",
     )
+    plain, other = Target("q", 4, 5), Target("q", 4, 5, flags=1)
+    a = Entry(plain, 1, Side(residual=rows(r, [1], 4)), Side(residual=rows(r, [1], 5)))
+    b = Entry(other, 1, Side(residual=rows(r, [1], 4)), Side(residual=rows(r, [1], 5)))
+    s.valid(
+        "v-same-shape",
+        Collection([Task("a", [a]), Task("b", [b])]),
+        "Two targets of one name and shape that differ in a flag, in different tasks.",
+    )
     kinds = [
         Target("conv1", 12, 4, 2, 0, (3,)), Target("conv2", 18, 4, 2, 0, (3, 3)),
         Target("conv3", 8, 4, 2, 0, (2, 1, 2)), Target("embedding", 11, 5, 1),
@@ -658,7 +661,7 @@ def targets_and_names(s: Set) -> None:
         spare_form()(d)
         spare_frame()(d)
         d.tables["BLOB"] += [{"crc": None} | d.place(b"nobody's"), {"offset": 0, "crc": 0}]
-        d.tables["TLST"].append({"target": 1})
+        d.tables["TLST"] += [{"target": 1}, {"target": 99}]
         d.tables["DIMS"].append({"size": 2**64 - 1})
         spare_target(n_in=2**40, n_out=2**40)(d)
         d.strings.append(b"zzzz")
@@ -667,8 +670,8 @@ def targets_and_names(s: Set) -> None:
     s.valid(
         "v-unused",
         spare(),
-        "Strings, targets, forms, frames, blobs, dimensions and layouts that nothing uses; the "
-        "largest sides; a frame that takes no bytes.",
+        "Strings, targets, forms, frames, blobs, dimensions and layouts that nothing uses; an item "
+        "of TLST that names no target; the largest sides; a frame that takes no bytes.",
         unused,
     )
 
@@ -731,6 +734,25 @@ def privates(s: Set) -> None:
     )
 
 
+    content = r.randbytes(100)
+    each = [Private(f"name{i:02d}", 6, (100,), content) for i in range(40)]
+    s.valid(
+        "v-privates-shared",
+        Collection([Task("task", [], each)]),
+        "A task of more private bytes than the file has: its private tensors share one blob.",
+    )
+
+    def product(d: Draft) -> None:
+        d.tables["DIMS"] = [{"size": n} for n in (2**40, 2**40, 0)]
+
+    s.valid(
+        "v-privates-none",
+        Collection([Task("task", [], [Private("none", 6, (2**40, 2**40, 0), b"")])]),
+        "A product that is 0, though it overflows on the way.",
+        product,
+    )
+
+
 def containers(s: Set) -> None:
     s.valid("v-header-only", Collection(), "The smallest file: a header and an index of no bytes.")
 
@@ -770,6 +792,20 @@ def containers(s: Set) -> None:
         "v-slot-0", small(), "Slot 0 is the active one, with a sequence above 2^63.", first, META
     )
 
+    def stale(d: Draft) -> None:
+        fields = ("file_length", "growth_limit", "index_offset", "index_length", "n_sections",
+                  "section_record_size", "section_table_crc")  # fmt: skip
+        d.slots[1] = {"sequence": 4} | dict.fromkeys(fields, 0xFFFFFFFF)
+        d.slots[0] = {"sequence": 5}
+
+    s.valid(
+        "v-slot-stale",
+        small(),
+        "Nothing is asked of what a valid slot says that is not active.",
+        stale,
+        META,
+    )
+
     def scratch(d: Draft) -> None:
         d.tail = b"half of something"
         slot(growth_limit=2**40)(d)
@@ -799,6 +835,24 @@ def containers(s: Set) -> None:
         optional,
         META,
     )
+    s.valid(
+        "v-optional-stream",
+        small(),
+        "Nobody decodes an unknown optional section: one that does not inflate, of records of "
+        "three bytes.",
+        section("xZip", raw=b"not a stream", coding=1, count=4, record_size=3),
+        META,
+    )
+
+    some_errors = small()
+    some_errors.errors = [-0.0, math.inf, 1.0]
+    s.valid("v-errors", some_errors, "Measured errors of -0 and infinity.", meta=META)
+
+    def no_errors(d: Draft) -> None:
+        d.tables["erro"] = []
+        section("erro")(d)
+
+    s.valid("v-errors-none", small(), "A section erro without records.", no_errors, META)
 
     def order(d: Draft) -> None:
         d.order.reverse()
@@ -826,12 +880,6 @@ def containers(s: Set) -> None:
         section("meta", stored=zlib_fixed(text), coding=1)(d)
         raw = struct.pack("<3f", 0.25, 0.5, math.nan)
         section("erro", stored=zlib_stored(raw), coding=1)(d)
-        d.tables["free"].append({"crc": 0} | d.place(b"\0" * 8))
-        d.tables["free"][0]["crc"] = None
-        d._checksums()
-        record = d.tables["free"][0]
-        raw = struct.pack("<QQII", record["offset"], 8, record["crc"], 0)
-        section("free", stored=zlib_stored(raw), coding=1)(d)
 
     s.valid(
         "v-deflated",
@@ -839,6 +887,15 @@ def containers(s: Set) -> None:
         "Deflated sections, by fixed codes and as stored blocks.",
         deflated,
         META,
+    )
+    numbers = with_key("x", b'[1.7976931348623157e308,1e-999,-0,"\\ud83d\\ude00"]')
+    numbers = numbers.replace(b'"config":0', b'"config":0.0,"factor_bytes":1e3')
+    s.valid(
+        "v-meta-numbers",
+        small(),
+        "The largest number, integers written as fractions, a surrogate pair.",
+        meta(numbers),
+        json.loads(numbers),
     )
     deep = with_key("x", b"[" * 15 + b"]" * 15)
     s.valid("v-meta-deep", small(), "Metadata nested 16 deep.", meta(deep), json.loads(deep))
@@ -871,6 +928,72 @@ def containers(s: Set) -> None:
         alone("task", [(wide, runs(*[zero(700)] * rank), rows(r, [1] * rank, 1))]),
         "Many values in few bytes, below the limit.",
     )
+    collection, edit, expected = limits()
+    s.valid(
+        "v-limits",
+        collection,
+        "1,024 values and 16,384 products and sums for each byte of the file.",
+        edit,
+        expected=expected,
+    )
+    many_terms, edit, expected = work()
+    s.valid(
+        "v-work-many",
+        many_terms,
+        "Few values, and 16,384 products and sums for each byte of the file.",
+        edit,
+        expected=expected,
+    )
+
+
+def zeros_only(n_in: int, n_out: int) -> dict[str, Any]:
+    """What a task gives whose one entry, of rank 1, is zero."""
+
+    def factor(rows: int, columns: int) -> dict[str, Any]:
+        digest = hashlib.sha256(bytes(4 * rows * columns)).hexdigest()
+        return {"shape": [rows, columns], "sha256": digest, "first": [0.0.hex()] * 4}
+
+    entry = {
+        "target": "t", "n_in": n_in, "n_out": n_out, "kind": 0, "transposed": False, "kernel": [],
+        "rank": 1, "scale": 1.0.hex(), "dtypes": [1, 1],
+        "A": factor(1, n_in), "B": factor(n_out, 1),
+    }  # fmt: skip
+    return {"tasks": {"task": {"entries": [entry], "privates": []}}}
+
+
+def one_frame(p: int, mixing: bool = True) -> Collection:
+    """One entry of rank 1 with p components of zeros in either factor; no payload at all."""
+    t = Target("t", 8, 8)
+    part = Part(8, 1, None, runs(*[zero(8)] * p), mixing)
+    frame = Frame(t, part, part)
+    side = Side(runs(*[zero(1)] * p))
+    return Collection([Task("task", [Entry(t, 1, side, side, frame=frame)])], [frame])
+
+
+def resized(n_in: int, n_out: int, **frame: Any) -> Callable[[Draft], Token]:
+    """Give the target of `one_frame` other sides: its arrays are zeros and take no bytes."""
+
+    def edit(d: Draft) -> Token:
+        d.tables["TARG"][0] |= {"n_in": n_in, "n_out": n_out}
+        d.tables["FRAM"][0] |= {"group_a": n_in, "group_b": n_out} | frame
+        return "TASK[0]"
+
+    return edit
+
+
+def limits(more: int = 0) -> tuple[Collection, Callable[[Draft], Token], dict[str, Any]]:
+    """RMM-062 and RMM-063 at their limits, or `more` values than that."""
+    c = one_frame(15)
+    total = 1024 * len(Draft(c).pack())
+    n_in = total - 77
+    return c, resized(n_in + more, 77), zeros_only(n_in, 77)
+
+
+def work(more: int = 0) -> tuple[Collection, Callable[[Draft], Token], dict[str, Any]]:
+    """RMM-063 at its limit with few values, or `more` components than that in B."""
+    c = one_frame(2**12 - 1)
+    half = 2 * len(Draft(c).pack())
+    return c, resized(half, half), zeros_only(half, half)
 
 
 def trellis_task(run: Trellis, other: list[list[Row]] | None = None) -> Collection:
@@ -1044,7 +1167,7 @@ def trellis_rules(s: Set) -> None:
         twin,
         made,
         "Bytes behind the last run of an entry.",
-        where=[640, "entry:0", "ENTR[0]"],
+        where=["ENTR[0]", 640, "entry:0"],
         when="load",
         task="task",
     )
@@ -1134,13 +1257,51 @@ def header_rules(s: Set) -> None:
 
     s.broken("011b-odd", "v-slot-1", x, "An odd sequence in slot 1.", odd, "slot1")
     s.broken("011c-nought", "v-slot-1", x, "Sequence 0 in slot 1.", nought, "slot1")
+
+    def both(d: Draft) -> None:
+        d.slots = [{"sequence": 1, "crc": 1}, {"sequence": 3}]
+
+    s.broken(
+        "011d-both",
+        "v-slot-1",
+        x,
+        "Slot 0 has a wrong crc, slot 1 a right one and an odd sequence.",
+        both,
+        "slot1",
+    )
+
+    def neither(d: Draft) -> None:
+        d.slots = [{"sequence": 2, "crc": 1}, {"sequence": 3, "crc": 1}]
+
+    s.broken(
+        "010c-neither",
+        twin,
+        x,
+        "Both slots have a wrong crc and a wrong sequence.",
+        neither,
+        ["slot0", "slot1"],
+    )
     expected = expect(small()) | {"metadata": META}
+
+    def parity(d: Draft) -> None:
+        d.slots[1] = {"sequence": 3}
+
+    s.broken(
+        "012b-parity",
+        twin,
+        x,
+        "A slot with a right crc and the other slot's parity beside a valid one: opens.",
+        parity,
+        "slot1",
+        "validate",
+        expected=expected,
+    )
 
     def damaged(d: Draft) -> None:
         d.slots[1] = {"sequence": 2, "crc": 0x12345678}
 
     s.broken(
-        "012-damaged",
+        "012a-damaged",
         twin,
         x,
         "A damaged slot beside a valid one: opens.",
@@ -1164,6 +1325,14 @@ def header_rules(s: Set) -> None:
         "Cut within the header.",
         where=[(639, 1), "slot0", "slot1"],
         cut=lambda b: b[:639],
+    )
+    s.broken(
+        "013d-signature",
+        "v-header-only",
+        data,
+        "A signature and nothing more.",
+        where=[(8, 1)],
+        cut=lambda b: b[:8],
     )
     s.broken(
         "013c-length",
@@ -1190,12 +1359,26 @@ def header_rules(s: Set) -> None:
         cut=lambda b: b + b"PK\3\4",
     )
     s.broken(
-        "015-unused",
+        "015a-unused",
         twin,
         x,
         "An unused byte of a slot in minor version 0: opens.",
         slot(unused=bytes(67) + b"\1"),
         ["slot0.unused", "slot0"],
+        "validate",
+        expected=expected,
+    )
+
+    def inactive(d: Draft) -> None:
+        d.slots = [{"sequence": 3}, {"sequence": 2, "unused": b"\1"}]
+
+    s.broken(
+        "015b-inactive",
+        "v-slot-stale",
+        x,
+        "An unused byte of the slot that is not active: opens.",
+        inactive,
+        ["slot1.unused", "slot1"],
         "validate",
         expected=expected,
     )
@@ -1366,11 +1549,52 @@ def index_rules(s: Set) -> None:
         "count · record_size is the length in 64 bits.",
         section("RUNS", count=2**61 + n_tasks),
     )
+    broken(
+        "024e-optional",
+        "count · record_size is not the length of an unknown section.",
+        section("xExt", raw=b"12345678", record_size=3, count=3),
+        twin="v-optional",
+    )
+
+    def text_records(name: str) -> Callable[[Draft], Token]:
+        def edit(d: Draft) -> Token:
+            d.preamble["minor"] = 1
+            n = len(canonical(META)) if name == "meta" else sum(len(x) + 1 for x in d.strings)
+            if n % 2:
+                d.strings.append(b"zz")
+                d.meta += b" "
+                n += 1 if name == "meta" else 3
+            return section(name, record_size=2, count=n // 2)(d)
+
+        return edit
+
+    for letter, name in (("f", "meta"), ("g", "STRS")):
+        broken(
+            f"024{letter}-text",
+            f"Records of two bytes in {name}, in minor version 1.",
+            text_records(name),
+            twin="v-minor-1",
+        )
     broken("025-crc", "Wrong crc of a section.", section("FORM", crc=1))
     s.entries[-1]["within"].insert(0, list(end.find("content:FORM")))
     s.entries[-1]["offset"] = end.find("content:FORM")[0]
     text = canonical(META)
     broken("026a-coding", "An unknown coding.", section("meta", coding=2), twin="v-deflated")
+    broken("026j-coding", "Another coding.", section("xZip", raw=b"1234", coding=2))
+    broken(
+        "026k-limit",
+        "An unknown optional section's decoded size is above the limit, too.",
+        section("xZip", raw=b"1234", coding=1, count=4 * 256 + 65537),
+    )
+
+    def free(d: Draft) -> Token:
+        record = {"crc": None} | d.place(b"\0" * 8)
+        d.tables["free"].append(record)
+        d._checksums()
+        raw = struct.pack("<QQII", record["offset"], 8, record["crc"], 0)
+        return section("free", stored=zlib_stored(raw), coding=1)(d)
+
+    broken("026l-free", "Deflated free extents: opening needs them.", free, twin="v-free")
     strings = b"".join(string + b"\0" for string in end.strings)
     broken(
         "026b-critical",
@@ -1503,10 +1727,14 @@ def table_rules(s: Set) -> None:
 
     s.broken("037h-free", "v-free", x, "A reserved field of a free extent.", free)
 
-    def layout(counts: list[int], **fields: Any) -> Callable[[Draft], Token]:
+    def layout(
+        counts: list[int], encodings: tuple[int, ...] = (0, 1, 2), **fields: Any
+    ) -> Callable[[Draft], Token]:
         def edit(d: Draft) -> Token:
             first = len(d.tables["RUNS"])
-            d.tables["RUNS"] += [{"count": n} for n in counts]
+            d.tables["RUNS"] += [
+                {"count": n, "encoding": code} for n, code in zip(counts, encodings, strict=False)
+            ]
             d.tables["LAYO"].append(
                 {"first_run": first, "n_runs": len(counts), "n_rows": sum(counts) % 2**32} | fields
             )
@@ -1538,6 +1766,26 @@ def table_rules(s: Set) -> None:
     )
     s.broken(
         "041g-first", "v-unused", x, "first_run is 2^64 − 1.", layout([1], first_run=2**64 - 1)
+    )
+
+    def adjacent(*encodings: int) -> Callable[[Draft], list[Token]]:
+        def edit(d: Draft) -> list[Token]:
+            record = layout([1] * len(encodings), encodings)(d)
+            n = len(d.tables["RUNS"])
+            return [record, f"RUNS[{n - 2}]", f"RUNS[{n - 1}]"]
+
+        return edit
+
+    s.broken("041h-adjacent", "v-unused", x, "Two runs of zeros side by side.", adjacent(0, 0))
+    s.broken("041i-adjacent", "v-unused", x, "Two runs of f16.", adjacent(1, 0x20, 2, 2))
+    r = seeded("adjacent")
+    one, two = rows(r, [2], 9), rows(r, [2, 2], 9)
+    s.broken(
+        "041j-adjacent",
+        "v-encodings-mixed",
+        alone("task", [(Target("t", 9, 9), one + two, two + one)]),
+        "An entry whose rows are in two runs of f16.",
+        where=["LAYO[0]", "LAYO[1]", "content:RUNS"],
     )
     for letter, comment, fields in (
         ("a", "The scale is NaN.", {"scale": math.nan}),
@@ -1762,7 +2010,7 @@ def entry_rules(s: Set) -> None:
     s.broken(
         "060f-rows",
         "v-fit",
-        one(2, two[:1] + two[:1] + two[:1]),
+        one(2, rows(r, [1, 1, 1], 1)),
         "Three rows of coefficients and p is 2.",
         where=where,
     )
@@ -1796,6 +2044,35 @@ def entry_rules(s: Set) -> None:
         Collection([task]),
         "The number of values is 0 in 64 bits.",
         where="TASK[0]",
+    )
+    # Factor B has no part, so that the work stays below its limit.
+    over, edit, _ = limits(1)
+    over.frames[0].b = None
+    over.tasks[0].entries[0].b = Side()
+    shift = len(Draft(one_frame(15)).pack()) - len(Draft(over).pack())
+
+    def one_more(d: Draft) -> Token:
+        edit(d)
+        d.tables["TARG"][0]["n_in"] -= 1024 * shift
+        d.tables["FRAM"][0] |= {"group_a": d.tables["TARG"][0]["n_in"], "group_b": 0}
+        return "TASK[0]"
+
+    s.broken("062c-one", "v-limits", over, "One value more than 1,024 a byte.", one_more)
+    many, _, _ = work()
+    half = 2 * len(Draft(many).pack())
+    s.broken(
+        "063a-work",
+        "v-work-many",
+        many,
+        "A little more than 16,384 products and sums a byte, in factor A.",
+        resized(half + 1, half),
+    )
+    s.broken(
+        "063b-work",
+        "v-work-many",
+        many,
+        "A little more than 16,384 products and sums a byte, in factor B.",
+        resized(half, half + 1),
     )
 
 
@@ -1853,6 +2130,28 @@ def private_rules(s: Set) -> None:
     s.broken(
         "066d-limit", "v-privates", x, "A dimension of 2^40 + 1 beside a 0.", shape(2**40 + 1, 0)
     )
+    # A file has to be this long before names alone, at 27 bytes each, can ask for so much.
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    short = [*letters, *(a + b for a in letters for b in letters)][:2100]
+    raw = bytes(57000)
+
+    def unfolding(n: int) -> Collection:
+        tensors = [Private(name, 6, (len(raw),), raw) for name in short[:n]]
+        return Collection([Task("task", [], tensors)])
+
+    def one_dimension(d: Draft) -> Token:
+        d.tables["DIMS"] = d.tables["DIMS"][:1]
+        for record in d.tables["PRIV"]:
+            record["first_dim"] = 0
+        return "TASK[0]"
+
+    s.broken(
+        "064-private",
+        "v-privates-shared",
+        unfolding(2100),
+        "2,100 private tensors that share one blob: more than 1,024 bytes a byte of the file.",
+        one_dimension,
+    )
     s.broken(
         "067-offset",
         "v-unused",
@@ -1864,6 +2163,8 @@ def private_rules(s: Set) -> None:
 
 def extent_rules(s: Set) -> None:
     x, twin = spare(), "v-spare"
+    empty = append("free", offset=0, length=0, crc=0)
+    s.broken("071f-empty", "v-free", x, "A free extent of no bytes.", empty)
 
     def blob(raw: bytes, shift: int, large: bool = False) -> Callable[[Draft], list[Token]]:
         def edit(d: Draft) -> list[Token]:
@@ -2080,6 +2381,19 @@ def payload_rules(s: Set) -> None:
         task="unknown",
         expected=expected,
     )
+    pair = [[row_unknown(0xEE, b"0123", 6)], [row_unknown(0xEE, b"456789", 6)]]
+    odd = Entry(t, 2, Side(residual=pair), Side())
+    s.broken(
+        "088c-adjacent",
+        "v-encoding-f32",
+        Collection([Task("known", [plain]), Task("unknown", [odd])]),
+        "Two runs side by side of an encoding that nobody knows.",
+        where=["RUNS[1]", "RUNS[2]", "ENTR[1]", "entry:1"],
+        when="load",
+        status="unsupported",
+        task="unknown",
+        expected=expected,
+    )
     frame = Frame(t, Part(6, 1, runs(row_unknown(0xEF, b"0123456789", 6))), None)
     side = Side(residual=rows(r, [1], 6))
     both = Collection(
@@ -2113,6 +2427,10 @@ def optional_rules(s: Set) -> None:
         ("j-deepest", text[:-1] + b',"x":' + b"[" * 20000, "20,000 brackets."),
         ("k-nul", text + b"\0", "A NUL behind the object."),
         ("l-twice", with_key("method", b'{"name":"rmm"}'), "A key of the object itself twice."),
+        ("m-number", with_key("x", b"1e999"), "A number that binary64 rounds to infinity."),
+        ("n-number", with_key("x", b"-" + b"1" * 400), "An integer of 400 digits."),
+        ("o-surrogate", with_key("x", b'"\\ud800"'), "Half of a surrogate pair."),
+        ("p-surrogate", with_key("x", b'{"\\udc00\\ud800":0}'), "A pair the wrong way round."),
     ):
         s.broken(
             f"090{letter}",
@@ -2136,6 +2454,7 @@ def optional_rules(s: Set) -> None:
         ("e-bool", {"tasks": {"alpha": {"factor_bytes": True}}}, "true for a number."),
         ("f-error", {"tasks": {"alpha": {"error": {"mean": "0"}}}}, "A string for a number."),
         ("g-method", {"method": {}}, "A method without a name."),
+        ("j-config", {"tasks": {"alpha": {"config": 1}}}, "An index as large as their number."),
         ("h-fraction", {"tasks": {"alpha": {"files": [file | {"n_bytes": 1.5}]}}}, "Half a byte."),
     ):
         s.broken(
@@ -2194,100 +2513,12 @@ def free_verdicts(s: Set) -> None:
         "several", small(), "Three rules are broken: which one is named first is not said.", several
     )
 
-    def dims(d: Draft) -> None:
-        d.tables["DIMS"] = [{"size": n} for n in (2**40, 2**40, 0)]
-        d.tables["BLOB"].append({"offset": 0, "length": 0, "crc": 0})
-        put("PRIV", 0, n_dims=3, blob=1)(d)
-
-    s.free("dims", spare(), "A product that is 0, but that overflows on the way.", dims)
-    s.free(
-        "same-shape",
-        spare(),
-        "Two targets of one name and shape that differ in a flag.",
-        append("TARG", n_in=36, n_out=10, name=3, flags=1),
-    )
-
-    def parity(d: Draft) -> None:
-        d.slots[1] = {"sequence": 3}
-
-    s.free(
-        "parity",
-        small(),
-        "A slot of the wrong parity beside a valid one: RMM-011 or RMM-012.",
-        parity,
-    )
-
-    def negative(d: Draft) -> None:
-        d.tables["erro"] = [{"error": -0.0}, {"error": math.inf}, {"error": 1.0}]
-
-    s.free("errors", small(), "Measured errors of -0 and infinity.", negative)
-    s.free(
-        "list",
-        spare(),
-        "An item of TLST that no task uses names no target.",
-        append("TLST", target=99),
-    )
-    s.free(
-        "free-empty",
-        spare(),
-        "A free extent of no bytes.",
-        append("free", offset=0, length=0, crc=0),
-    )
     s.free(
         "major-2",
         small(),
         "Another major version and a wrong crc: unsupported or malformed.",
         lambda d: d.preamble.update(major=2, crc=1),
     )
-
-    def no_errors(d: Draft) -> None:
-        d.tables["erro"] = []
-        section("erro")(d)
-
-    s.free(
-        "errors-none", small(), "A section erro without records: as if it were absent.", no_errors
-    )
-
-    def inflate(d: Draft) -> None:
-        section("xZip", raw=b"not a stream", coding=1, count=10)(d)
-
-    s.free(
-        "optional-stream", small(), "An unknown optional section that does not inflate.", inflate
-    )
-    s.free(
-        "number",
-        small(),
-        "A number in the metadata that no binary64 holds.",
-        meta(with_key("x", b"1e999")),
-    )
-    s.free(
-        "lone-surrogate",
-        small(),
-        "A string in the metadata with half a surrogate pair.",
-        meta(with_key("x", b'"\\ud800"')),
-    )
-
-    def free_stream(d: Draft) -> None:
-        append("free", crc=None, **d.place(b"12345678"))(d)
-        section("free", stored=b"not a stream", coding=1)(d)
-
-    s.free(
-        "free-stream",
-        small(),
-        "A deflated section of free extents that does not inflate: opening needs it for RMM-072.",
-        free_stream,
-    )
-
-    def text(d: Draft) -> None:
-        d.preamble["minor"] = 1
-        section(
-            "meta",
-            raw=canonical(META) + b" " * (len(canonical(META)) % 2),
-            record_size=2,
-            count=-(-len(canonical(META)) // 2),
-        )(d)
-
-    s.free("text-records", small(), "Records of two bytes in the text of the metadata.", text)
 
 
 def make() -> dict[str, bytes]:

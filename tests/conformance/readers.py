@@ -108,7 +108,8 @@ class ReferenceReader:
         except self._module.Refused as fault:
             raise self._refusal(fault) from fault
         entries = []
-        for name, t, f in opened.entries(task):
+        for m in opened.tasks[task]:
+            name, t, f = opened.names[m.target.name], m.target, m.form
             kernel = tuple(size for size in (t.k0, t.k1, t.k2) if size)
             A, B, scale = factors[name]
             dtypes = (f.dtype_a, f.dtype_b)
