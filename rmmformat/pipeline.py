@@ -349,9 +349,9 @@ def _metadata(
         if measured:
             summary = summarize(measured)
             entry["error"] = {
-                "mean": float(summary.mean),
-                "median": float(summary.median),
-                "max": float(summary.max),
+                "mean": _short(summary.mean),
+                "median": _short(summary.median),
+                "max": _short(summary.max),
             }
         described[task.name] = entry
     return {
@@ -361,6 +361,11 @@ def _metadata(
         "configs": configs,
         "tasks": described,
     }
+
+
+def _short(value: float) -> float:
+    """Six digits: what comes behind them is noise that would not deflate."""
+    return float(f"{value:.6g}")
 
 
 def _task_report(task: SourceTask, errors: Mapping[str, float]) -> TaskReport:

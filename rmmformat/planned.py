@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rmmformat.errors import OptionError
+from rmmformat.format import trellis
 from rmmformat.format.encodings import by_name
 from rmmformat.format.writer import EncodedArray, EntryData, FramePart
 from rmmformat.merge.gauge import delta_svd
@@ -43,8 +44,9 @@ F64 = npt.NDArray[np.float64]
 #: A coded error this close below what was asked is close enough, and where corrections aim.
 _ERROR_BAND, _ERROR_AIM = 0.985, 0.994
 #: The same for the bytes of a target.
-_SIZE_BAND, _SIZE_AIM = 0.99, 0.997
+_SIZE_BAND, _SIZE_AIM = 0.99, 0.9975
 _ATTEMPTS = 6
+_LEAST_NORM = 1e-25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,12 @@ def survey(factors: Sequence[Factors]) -> list[Survey]:
     found = []
     for members in _distinct(factors):
         original = factors[members[0]]
-        finite = _finite(original)
-        energy = np.square(delta_svd(original.A, original.B)[1]) if finite else np.zeros(1)
+        energy = np.zeros(1)
+        within = _finite(original)
+        if within:
+            singular = delta_svd(original.A, original.B)[1]
+            within = _within_range(float(np.linalg.norm(singular)))
+            energy = np.square(singular / max(float(singular.max(initial=0.0)), 1e-300))
         found.append(
             Survey(
                 energy,
@@ -110,7 +116,7 @@ def survey(factors: Sequence[Factors]) -> list[Survey]:
                 original.B.shape[0],
                 _exact(original).n_bytes,
                 len(members),
-                not finite,
+                not within,
             )
         )
     return found
@@ -242,25 +248,29 @@ class _Delta:
 
     def code(self, step: float, count: int) -> _Coded:
         """Code the first `count` components with one step, relative to the norm of the delta."""
-        from rmmformat.format.trellis import encode_rows as encode_trellis
+        for _ in range(_ATTEMPTS):
+            if count == 0 or math.isinf(step):
+                break
+            try:
+                return self._code(step, count)
+            except OptionError:  # finer than the encoding goes
+                step *= 2.0
+        rank = self.original.rank
+        return _Coded(_zeros(rank), _zeros(rank), 1.0 if self.norm > 0 else 0.0)
 
-        rank, n_in = self.original.A.shape
-        n_out = self.original.B.shape[0]
-        if count == 0 or math.isinf(step):
-            return _Coded(_zeros(rank), _zeros(rank), 1.0 if self.norm > 0 else 0.0)
+    def _code(self, step: float, count: int) -> _Coded:
+        rank = self.original.rank
         absolute = step * self.norm
         rows_a = (self.gain * self.s[:count, None]) * self.V[:count]
-        raw_a, read_a = encode_trellis(
+        raw_a, read_a = trellis.encode_rows(
             rows_a.astype(np.float32), np.full(count, absolute * self.gain), tied=False
         )
         A = read_a.astype(np.float64)
         gram = A @ A.T
         fitted = np.linalg.lstsq(gram, A @ (self.V.T * self.s), rcond=None)[0] @ self.U.T
-        raw_b, read_b = encode_trellis(
+        raw_b, read_b = trellis.encode_rows(
             fitted.astype(np.float32), absolute / np.sqrt(np.diag(gram)), tied=True
         )
-        assert read_a.shape == (count, n_in)  # noqa: S101
-        assert read_b.shape == (count, n_out)  # noqa: S101
         return _Coded(
             _leading(raw_a, count, rank),
             _leading(raw_b, count, rank),
@@ -286,6 +296,8 @@ def _within_error(original: Factors, bound: float) -> _Coded:
     if not _finite(original):
         return exact
     delta = _Delta(original)
+    if not _within_range(delta.norm):
+        return exact
     if delta.norm == 0:
         return delta.code(1.0, 0)
     spectra = Spectra.collect(
@@ -333,6 +345,11 @@ def _search(delta: _Delta, bound: float, step: float, count: int) -> _Coded:
 
 def _exact(original: Factors) -> _Coded:
     return _Coded(exact_rows(original.A), exact_rows(original.B.T), 0.0)
+
+
+def _within_range(norm: float) -> bool:
+    """Whether rows of a delta keep clear of the ends of f32; a delta beyond is kept exactly."""
+    return norm == 0 or _LEAST_NORM < norm < 1.0 / _LEAST_NORM
 
 
 def _finite(original: Factors) -> bool:
@@ -391,10 +408,9 @@ def _assemble(
 
 
 def _leading(raw: bytes, count: int, rank: int) -> EncodedArray:
-    code = by_name("trellis").code
     if count == rank:
-        return EncodedArray(((code, count),), (raw,))
-    return EncodedArray(((code, count), (0, rank - count)), (raw, b""))
+        return EncodedArray(((trellis.CODE, count),), (raw,))
+    return EncodedArray(((trellis.CODE, count), (0, rank - count)), (raw, b""))
 
 
 def _zeros(rank: int) -> EncodedArray:

@@ -98,8 +98,12 @@ def measure(original: Factors, A: Float32, B_rows: Float32) -> float:
 
 
 def exact_rows(rows: npt.NDArray[np.generic]) -> EncodedArray:
-    """Rows in their own dtype, all-zero ones as nothing; bytes are copied, never converted."""
-    rows = np.ascontiguousarray(rows)
+    """Rows such that every bit comes back: all-zero ones as nothing, others in their own dtype.
+
+    Factors in f32 of which every value is one of bf16 or f16, as from adapters that were trained so
+    and saved wide, are stored as that.
+    """
+    rows = _narrowest(np.ascontiguousarray(rows))
     code = layout.dtype_code(rows.dtype)
     assert code is not None  # checked with the dtypes of the entry  # noqa: S101
     bits = rows.view(np.uint32 if rows.dtype.itemsize == 4 else np.uint16)
@@ -110,6 +114,17 @@ def exact_rows(rows: npt.NDArray[np.generic]) -> EncodedArray:
         tuple((int(codes[start]), stop - start) for start, stop in spans),
         tuple(rows[start:stop].tobytes() if codes[start] else b"" for start, stop in spans),
     )
+
+
+def _narrowest(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    if rows.dtype != np.float32 or not np.isfinite(rows).all():
+        return rows
+    if not (rows.view(np.uint32) & 0xFFFF).any():
+        return rows.astype(layout.DTYPES[layout.FACTOR_DTYPES["bf16"]])
+    with np.errstate(over="ignore", under="ignore"):
+        half = rows.astype(np.float16)
+    same = half.astype(np.float32).view(np.uint32) == rows.view(np.uint32)
+    return half if same.all() else rows
 
 
 def digest(array: EncodedArray) -> str | None:

@@ -30,7 +30,7 @@ Int = npt.NDArray[np.int64]
 #: the mean squared error over the square of the step, and the bits a value beyond that ratio.
 _OCTAVES = (0.6, 1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 4.0, 5.0, 8.0, 14.0)
 _DISTORTION = (1.351, 1.264, 1.185, 1.093, 1.047, 1.019, 1.003, 0.989, 0.986, 0.983, 0.981)
-_EXCESS = (-0.126, -0.119, -0.091, -0.034, 0.0, 0.016, 0.037, 0.048, 0.053, 0.05, 0.051)
+_EXCESS = (-0.132, -0.125, -0.097, -0.04, -0.004, 0.014, 0.036, 0.048, 0.053, 0.05, 0.051)
 #: The distortion where bits are many, which is what components are chosen by.
 DISTORTION = 0.98
 #: Energy that a bit must save, in units of DISTORTION * step^2, for a component to be coded: the
@@ -262,5 +262,5 @@ def _bookkeeping(spectra: Spectra, counts: Int) -> F64:
         values = side * counts
         lanes = np.where(values < 2**14, 1, np.where(values < 2**16, 4, 16))
         # Half of what a state holds is symbols.
-        total += 4 + counts + 2 * lanes
+        total += 3 + counts + 2 * lanes
     return total
