@@ -61,7 +61,8 @@ def similarity(factors: Sequence[tuple[Array, Array]], scales: Sequence[float]) 
             inner[i, j] = inner[j, i] = float(np.sum((up[i].T @ up[j]) * (down[i] @ down[j].T)))
     norm = np.sqrt(np.maximum(np.diag(inner), 0.0))
     scale = np.outer(norm, norm)
-    return np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0.0)
+    cosine: F64 = np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0.0)
+    return cosine
 
 
 def flex_groups(
@@ -98,7 +99,7 @@ def flex_groups(
         s.shape != (len(c), len(c)) for s, c in zip(similarities, costs, strict=False)
     ):
         raise ShapeError("need a square matrix and as many costs for each target")
-    groups = [[(i,) for i in range(len(c))] for c in costs]
+    groups: list[list[tuple[int, ...]]] = [[(i,) for i in range(len(c))] for c in costs]
     prices = [list(map(float, c)) for c in costs]
     linkage = [np.array(s, np.float64) for s in similarities]
     for matrix in linkage:
@@ -121,9 +122,7 @@ def flex_groups(
     return [tuple(sorted(g)) for g in groups]
 
 
-def merge_group(
-    factors: Sequence[tuple[Array, Array]], scales: Sequence[float]
-) -> tuple[F64, F64]:
+def merge_group(factors: Sequence[tuple[Array, Array]], scales: Sequence[float]) -> tuple[F64, F64]:
     """One delta for a group of tasks: their mean, at the largest rank among them.
 
     Parameters
