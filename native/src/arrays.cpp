@@ -83,7 +83,7 @@ uint64_t arrays_length(const Index& index, const Array arrays[4], uint64_t limit
             uint64_t n_bytes;
             if (!multiply(run.count, find_encoding(run.encoding)->row_bytes(n), n_bytes)) return NO_LENGTH;
             // Stopping at the limit keeps `end` from wrapping, and bounds the time: every byte of the
-            // file is in one entry or frame, and every step but those over zeros takes a byte.
+            // file is in one entry or frame, and of two successive runs one takes bytes (RMM-041).
             if (n_bytes > limit) return NO_LENGTH;
             end = run_start(end, n_bytes) + n_bytes;
             if (end > limit) return NO_LENGTH;

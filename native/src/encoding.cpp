@@ -1,6 +1,7 @@
 #include "encoding.hpp"
 
 #include "half.hpp"
+#include "trellis.hpp"
 
 namespace rmm {
 namespace {
@@ -29,64 +30,95 @@ void decode_bf16(const uint8_t* row, uint64_t first, uint64_t n, f32u* out) {
 
 // --- blocks of 32 values behind an f16 scale ---------------------------------------------------
 
-// The codes of a block of the odd-multiple encodings: value i is bits i·N … i·N + N − 1, so eight
-// values are N bytes.
+// Decoding is in two passes over a few blocks: codes to bytes, bytes to floats. Each is a loop that
+// vectorises, and bytes are read back only when their stores are done.
+constexpr uint64_t BATCH = 16;
+
+// Eight codes of N bits, as the lowest bits of a word, to one in each byte: halves move apart thrice.
 template <unsigned N>
-RMM_INLINE void unpack_odd(const uint8_t* codes, float scale, f32u* out) {
-    constexpr uint32_t MASK = (1u << N) - 1;
-    for (unsigned group = 0; group < 4; ++group) {
-        uint64_t word = 0;
-        std::memcpy(&word, codes + group * N, N);
-        int32_t levels[8];
-        for (unsigned i = 0; i < 8; ++i) {
-            levels[i] = static_cast<int32_t>((word >> (i * N)) & MASK);
+RMM_INLINE uint64_t spread(uint64_t word) {
+    constexpr uint64_t CODE = (uint64_t{1} << N) - 1;
+    constexpr uint64_t TWO = CODE | CODE << N, FOUR = TWO | TWO << (2 * N);
+    word = (word & FOUR) | (word >> (4 * N) & FOUR) << 32;
+    word = (word & (TWO | TWO << 32)) | (word >> (2 * N) & (TWO | TWO << 32)) << 16;
+    constexpr uint64_t EACH = CODE | CODE << 16 | CODE << 32 | CODE << 48;
+    return (word & EACH) | (word >> N & EACH) << 8;
+}
+
+// The 32 codes u of a block, one in each byte of `bytes`.
+template <unsigned N>
+RMM_INLINE void unpack(const uint8_t* codes, uint8_t* bytes) {
+    if (N == 4) {  // value i is in the low half of byte i, value i + 16 in its high half
+        for (unsigned i = 0; i < 16; ++i) {
+            bytes[i] = codes[i] & 15;
+            bytes[i + 16] = codes[i] >> 4;
         }
-        for (unsigned i = 0; i < 8; ++i) {
-            out[group * 8 + i] =
-                scale * static_cast<float>(2 * levels[i] - static_cast<int32_t>(MASK));
+    } else {  // one integer: eight values are N bytes
+        for (unsigned group = 0; group < 4; ++group) {
+            // Eight bytes are loaded without leaving the block; the last ones from further ahead.
+            constexpr unsigned LAST = N < 2 ? 0 : 4 * N - 8;
+            const unsigned from = group * N, at = from < LAST ? from : LAST;
+            uint64_t word = N == 1 ? u32(codes) >> (8 * from) & 255 : u64(codes + at) >> (8 * (from - at));
+            word = spread<N>(word);
+            std::memcpy(bytes + 8 * group, &word, sizeof word);
         }
     }
 }
 
-RMM_INLINE void unpack_q4_0(const uint8_t* codes, float scale, f32u* out) {
-    for (unsigned i = 0; i < 16; ++i) {
-        out[i] = scale * static_cast<float>(static_cast<int32_t>(codes[i] & 15) - 8);
-        out[i + 16] = scale * static_cast<float>(static_cast<int32_t>(codes[i] >> 4) - 8);
-    }
+template <unsigned N>
+RMM_INLINE int32_t level(uint8_t code) {
+    if (N == 8) return static_cast<int8_t>(code);
+    if (N == 4) return static_cast<int32_t>(code) - 8;
+    return 2 * static_cast<int32_t>(code) - ((1 << N) - 1);
 }
 
-RMM_INLINE void unpack_q8_0(const uint8_t* codes, float scale, f32u* out) {
-    for (unsigned i = 0; i < 32; ++i) {
-        out[i] = scale * static_cast<float>(static_cast<int8_t>(codes[i]));
-    }
-}
-
-template <unsigned BYTES, void (*UNPACK)(const uint8_t*, float, f32u*)>
+template <unsigned N>
 RMM_INLINE void decode_blocks(const uint8_t* row, uint64_t first, uint64_t n, f32u* out) {
+    constexpr uint64_t BYTES = 2 + 4 * N;
     const uint8_t* block = row + first / BLOCK * BYTES;
-    for (; n >= BLOCK; n -= BLOCK, out += BLOCK, block += BYTES) {
-        UNPACK(block + 2, float_of_f16(u16(block)), out);
-    }
-    if (n > 0) {
-        float whole[BLOCK];
-        UNPACK(block + 2, float_of_f16(u16(block)), whole);
-        std::memcpy(out, whole, n * sizeof *out);
+    uint8_t unpacked[BATCH * BLOCK];
+    // At eight bits the codes are bytes already.
+    constexpr uint64_t STEP = N == 8 ? BYTES : BLOCK;
+    while (n > 0) {
+        const uint64_t n_values = n < BATCH * BLOCK ? n : BATCH * BLOCK;
+        const uint64_t n_blocks = ceil_div(n_values, BLOCK);
+        const uint8_t* codes = N == 8 ? block + 2 : unpacked;
+        if (N != 8) {
+            for (uint64_t i = 0; i < n_blocks; ++i) unpack<N>(block + i * BYTES + 2, unpacked + i * BLOCK);
+        }
+        for (uint64_t i = 0; i < n_values / BLOCK; ++i) {
+            const float scale = float_of_f16(u16(block + i * BYTES));
+            RMM_IVDEP
+            for (unsigned v = 0; v < BLOCK; ++v) {
+                out[i * BLOCK + v] = scale * static_cast<float>(level<N>(codes[i * STEP + v]));
+            }
+        }
+        if (n_values % BLOCK != 0) {
+            const float scale = float_of_f16(u16(block + (n_blocks - 1) * BYTES));
+            const uint8_t* last = codes + (n_blocks - 1) * STEP;
+            for (uint64_t v = 0; v < n_values % BLOCK; ++v) {
+                out[(n_blocks - 1) * BLOCK + v] = scale * static_cast<float>(level<N>(last[v]));
+            }
+        }
+        block += n_blocks * BYTES;
+        out += n_values;
+        n -= n_values;
     }
 }
 
-#define RMM_DECODE_BLOCKS(NAME, BYTES, UNPACK)                                              \
-    RMM_CLONES void NAME(const uint8_t* row, uint64_t first, uint64_t n, f32u* out) {      \
-        decode_blocks<BYTES, UNPACK>(row, first, n, out);                                   \
+#define RMM_DECODE_BLOCKS(NAME, N)                                                          \
+    RMM_CLONES void NAME(const uint8_t* row, uint64_t first, uint64_t n, f32u* out) {       \
+        decode_blocks<N>(row, first, n, out);                                               \
     }
 
-RMM_DECODE_BLOCKS(decode_q1, 6, unpack_odd<1>)
-RMM_DECODE_BLOCKS(decode_q2, 10, unpack_odd<2>)
-RMM_DECODE_BLOCKS(decode_q3, 14, unpack_odd<3>)
-RMM_DECODE_BLOCKS(decode_q4_0, 18, unpack_q4_0)
-RMM_DECODE_BLOCKS(decode_q5, 22, unpack_odd<5>)
-RMM_DECODE_BLOCKS(decode_q6, 26, unpack_odd<6>)
-RMM_DECODE_BLOCKS(decode_q7, 30, unpack_odd<7>)
-RMM_DECODE_BLOCKS(decode_q8_0, 34, unpack_q8_0)
+RMM_DECODE_BLOCKS(decode_q1, 1)
+RMM_DECODE_BLOCKS(decode_q2, 2)
+RMM_DECODE_BLOCKS(decode_q3, 3)
+RMM_DECODE_BLOCKS(decode_q4_0, 4)
+RMM_DECODE_BLOCKS(decode_q5, 5)
+RMM_DECODE_BLOCKS(decode_q6, 6)
+RMM_DECODE_BLOCKS(decode_q7, 7)
+RMM_DECODE_BLOCKS(decode_q8_0, 8)
 
 // RMM-086: a scale is finite; codes beyond the row's end are zero bits. With SPLIT
 // the values 16 … 31 are in the high halves of the bytes, as in q4_0.
@@ -108,6 +140,14 @@ const char* check_blocks(const uint8_t* row, uint64_t n) {
     return nullptr;
 }
 
+// --- runs that tell their own length -----------------------------------------------------------------
+
+const char* decode_trellis(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n, const RowTarget& target) {
+    trellis::Run run;
+    if (const char* wrong = trellis::parse(data, n_bytes, n_rows, n, run)) return wrong;
+    return trellis::decode(run, target);
+}
+
 // --- the registry ---------------------------------------------------------------------------------
 
 constexpr Encoding KNOWN[] = {
@@ -123,6 +163,7 @@ constexpr Encoding KNOWN[] = {
     {0x16, "q6", true, 5, 26, decode_q6, check_blocks<6, false>, nullptr, nullptr},
     {0x17, "q7", true, 5, 30, decode_q7, check_blocks<7, false>, nullptr, nullptr},
     {0x18, "q8_0", true, 5, 34, decode_q8_0, check_blocks<8, false>, nullptr, nullptr},
+    {0x20, "trellis", false, 0, 0, nullptr, nullptr, trellis::run_bytes, decode_trellis},
 };
 
 struct ByCode {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "bytes.hpp"
 
@@ -15,6 +16,8 @@ constexpr uint64_t MAX_SIDE = uint64_t{1} << 40;
 constexpr uint64_t MAX_RANK = uint64_t{1} << 20;
 
 enum : uint8_t { ENCODING_ZERO = 0x00, ENCODING_F32 = 0x01, ENCODING_F16 = 0x02, ENCODING_BF16 = 0x03 };
+
+using RowTarget = std::function<float*(uint64_t row)>;
 
 struct Encoding {
     uint8_t code;
@@ -32,11 +35,11 @@ struct Encoding {
     const char* (*check)(const uint8_t* row, uint64_t n);
 
     // For an encoding that is not fixed-size: the bytes of a run that starts at `data`, told by its
-    // first bytes, or 0 if `available` bytes cannot hold it; and the decoding of all its rows, `n`
-    // values each, which fails on what is not well formed (RMM-087) with a reason.
+    // first bytes, or 0 if `available` bytes cannot hold it; and the decoding of its rows of n values
+    // in ascending order, those that are not all +0, to where `target` says: null, or how the run
+    // breaks RMM-087. `target` is not called for a run that is too short for its values.
     uint64_t (*run_bytes)(const uint8_t* data, uint64_t available);
-    const char* (*decode_run)(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n,
-                              f32u* out);
+    const char* (*decode_run)(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n, const RowTarget& target);
 
     // Rows have at most 2^60 values, so this does not wrap.
     uint64_t row_bytes(uint64_t n) const {

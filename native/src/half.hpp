@@ -23,6 +23,13 @@ RMM_INLINE uint32_t bits_of(float value) {
     return bits;
 }
 
+// `yes` or `no` by masks: a conditional would let the compiler skip the float arithmetic behind one of
+// them, and for fear of its traps not vectorise the loop.
+RMM_INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+    const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+    return (yes & mask) | (no & ~mask);
+}
+
 RMM_INLINE float float_of_bf16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
 
 RMM_INLINE float float_of_f16(uint16_t half) {
@@ -32,7 +39,7 @@ RMM_INLINE float float_of_f16(uint16_t half) {
     uint32_t normal = magnitude + (magnitude >= 0x0F800000u ? 0x70000000u : 0x38000000u);
     // A subnormal is fraction · 2^-24: put the fraction behind 2^-14 and take 2^-14 away, exactly.
     uint32_t subnormal = bits_of(float_of(magnitude + 0x38800000u) - float_of(0x38800000u));
-    return float_of(sign | (magnitude < 0x00800000u ? subnormal : normal));
+    return float_of(sign | choose(magnitude < 0x00800000u, subnormal, normal));
 }
 
 RMM_INLINE uint16_t f16_of_float(float value) {
@@ -44,9 +51,9 @@ RMM_INLINE uint16_t f16_of_float(float value) {
     uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1)) >> 13;
     // Below 2^-14, adding 0.5 makes the unit 2^-24 and the addition itself rounds.
     uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
-    uint32_t special = magnitude > 0x7F800000u ? 0x7E00u | ((magnitude >> 13) & 0x1FFu) : 0x7C00u;
-    uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-    return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? special : finite));
+    uint32_t special = choose(magnitude > 0x7F800000u, 0x7E00u | ((magnitude >> 13) & 0x1FFu), 0x7C00u);
+    uint32_t finite = choose(magnitude < 0x38800000u, subnormal, normal);
+    return static_cast<uint16_t>(sign | choose(magnitude >= 0x47800000u, special, finite));
 }
 
 RMM_INLINE uint16_t bf16_of_float(float value) {

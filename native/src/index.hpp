@@ -160,9 +160,7 @@ struct Index {
 
     std::vector<uint64_t> strings;       // start of each string in STRS
     std::vector<Layout> layouts;         // by layout id
-    std::vector<uint8_t> merged_runs;    // of layouts with runs of zeros side by side
     std::vector<uint32_t> first_frame;   // by target, and one more; empty if there are no frames
-    std::vector<uint8_t> free_records;   // the section free, if it is deflated
 
     const Table& table(TableId id) const { return tables[id]; }
     uint64_t count(TableId id) const { return tables[id].count; }

@@ -62,7 +62,7 @@ constexpr uint8_t DISTANCE_EXTRA[30] = {0, 0, 0, 0, 1, 1, 2, 2,  3,  3,  4,  4, 
 
 class Inflater {
   public:
-    Inflater(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>* out)
+    Inflater(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>& out)
         : in_(in), end_(in + n_in), n_out_(n_out), out_(out) {}
 
     const char* run() {
@@ -153,7 +153,7 @@ class Inflater {
         // Adler-32 of what is new in the window; sums stay below 2^32 for 5,552 bytes.
         uint64_t n = position_ - flushed_;
         const uint8_t* from = window_ + flushed_ % WINDOW;
-        if (out_) out_->insert(out_->end(), from, from + n);
+        out_.insert(out_.end(), from, from + n);
         while (n > 0) {
             uint64_t chunk = n < 5552 ? n : 5552;
             for (uint64_t i = 0; i < chunk; ++i) {
@@ -252,7 +252,7 @@ class Inflater {
     const uint8_t* in_;
     const uint8_t* end_;
     uint64_t n_out_;
-    std::vector<uint8_t>* out_;
+    std::vector<uint8_t>& out_;
     uint64_t bits_ = 0;
     unsigned n_bits_ = 0;
     bool overrun_ = false;
@@ -264,7 +264,7 @@ class Inflater {
 
 }  // namespace
 
-const char* inflate(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>* out) {
+const char* inflate(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>& out) {
     return std::make_unique<Inflater>(in, n_in, n_out, out)->run();
 }
 

@@ -6,8 +6,8 @@
 
 namespace rmm {
 
-// Decodes a stream that must take exactly n_in bytes and give exactly n_out. Null, or what is wrong.
-// With `out` null the data is checked and dropped: memory is a fixed 64 KiB.
-const char* inflate(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>* out);
+// Decodes a stream that must take exactly n_in bytes and give exactly n_out, behind what is in `out`.
+// Null, or what is wrong. Memory grows with what has been decoded.
+const char* inflate(const uint8_t* in, uint64_t n_in, uint64_t n_out, std::vector<uint8_t>& out);
 
 }  // namespace rmm

@@ -8,10 +8,6 @@
 namespace rmm {
 namespace {
 
-// More runs of zeros side by side than this in a layout are joined beforehand: they take no bytes,
-// so nothing else bounds the time of walking them again for every entry.
-constexpr uint64_t MANY_ZERO_RUNS = 16;
-
 void read_runs(Index& index, Report& report) {
     const Table& table = index.table(RUNS);
     for (uint64_t i = 0; i < table.count; ++i) {
@@ -23,31 +19,10 @@ void read_runs(Index& index, Report& report) {
     }
 }
 
-// Writes the runs of a layout, zeros joined, behind merged_runs.
-void merge_zero_runs(Index& index, const Layout& layout) {
-    std::vector<uint8_t>& merged = index.merged_runs;
-    bool after_zero = false;
-    for (uint32_t i = 0; i < layout.n_runs; ++i) {
-        Run run = layout.run(i);
-        if (run.encoding == ENCODING_ZERO && after_zero) {
-            uint8_t* last = &merged[merged.size() - 8];
-            uint32_t count = u32(last) + run.count;  // at most the layout's n_rows
-            std::memcpy(last, &count, sizeof count);
-            continue;
-        }
-        after_zero = run.encoding == ENCODING_ZERO;
-        uint8_t record[8] = {0};
-        std::memcpy(record, &run.count, sizeof run.count);
-        record[4] = run.encoding;
-        merged.insert(merged.end(), record, record + 8);
-    }
-}
-
 void read_layouts(Index& index, Report& report) {
     const Table& table = index.table(LAYO);
     const Table& runs = index.table(RUNS);
     index.layouts.resize(table.count);
-    std::vector<std::pair<uint64_t, uint64_t>> merged;  // layout, position in merged_runs
     uint64_t next = 0;
     for (uint64_t i = 0; i < table.count; ++i) {
         const uint8_t* record = table.record(i);
@@ -64,37 +39,26 @@ void read_layouts(Index& index, Report& report) {
         next = first + layout.n_runs;
         layout.runs = runs.record(first);
         layout.fixed_size = true;
-        uint64_t n_rows = 0, zeros_side_by_side = 0;
-        bool after_zero = false;
+        uint64_t n_rows = 0;
+        bool repeats = false;
         for (uint32_t j = 0; j < layout.n_runs; ++j) {
             Run run = layout.run(j);
             n_rows += run.count;  // below 2^64
             const Encoding* encoding = find_encoding(run.encoding);
-            layout.fixed_size = layout.fixed_size && encoding && encoding->fixed_size;
-            bool zero = run.encoding == ENCODING_ZERO;
-            zeros_side_by_side += zero && after_zero;
-            after_zero = zero;
+            const bool fixed_size = encoding && encoding->fixed_size;
+            layout.fixed_size = layout.fixed_size && fixed_size;
+            repeats = repeats || (fixed_size && j > 0 && layout.run(j - 1).encoding == run.encoding);
         }
+        if (repeats) report.broken(41, at, "layout %llu has successive runs of one encoding", ull(i));
         if (n_rows != layout.n_rows) {
             report.broken(41, at + 12, "layout %llu says %u rows, its runs have %llu", ull(i), layout.n_rows,
                           ull(n_rows));
             continue;
         }
         layout.usable = true;
-        if (zeros_side_by_side > MANY_ZERO_RUNS) {
-            merged.emplace_back(i, index.merged_runs.size());
-            merge_zero_runs(index, layout);
-        }
     }
     if (next != runs.count) {
         report.broken(41, runs.offset, "layouts use %llu of %llu runs", ull(next), ull(runs.count));
-    }
-    for (size_t m = 0; m < merged.size(); ++m) {  // the bytes no longer move
-        Layout& layout = index.layouts[merged[m].first];
-        uint64_t end = m + 1 < merged.size() ? merged[m + 1].second : index.merged_runs.size();
-        layout.runs = index.merged_runs.data() + merged[m].second;
-        layout.stride = 8;
-        layout.n_runs = static_cast<uint32_t>((end - merged[m].second) / 8);
     }
 }
 

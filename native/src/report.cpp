@@ -31,6 +31,7 @@ rmm_status status_of_rule(int rule) {
         case 13:
             return RMM_TRUNCATED;
         case 4:
+        case 10:
         case 12:
         case 20:
         case 25:

@@ -20,25 +20,41 @@ void Restorer::take(ArrayWalk& walk, const Array& array, Rows* rows) {
         [&](PlacedRun run) {
             if (!rows) return;
             if (!run.encoding->fixed_size) {
-                // Rows of such a run cannot be entered in the middle: decode all of it, to f32. What
-                // this takes is bounded by RMM-062 for residuals; a reader of larger arrays would
-                // bound it here.
-                uint64_t n_values;
-                if (!multiply(run.n_rows, array.row_length, n_values) || n_values > SIZE_MAX / sizeof(float)) {
-                    fail(RMM_NO_MEMORY, "a run of encoding %s has too many values", run.encoding->name);
-                }
-                decoded_.emplace_back(new float[n_values]);
-                float* values = decoded_.back().get();
-                const char* wrong =
-                    run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, array.row_length, values);
-                if (wrong) refuse(87, static_cast<uint64_t>(run.data - index_.data), "%s", wrong);
-                run.data = reinterpret_cast<const uint8_t*>(values);
-                run.encoding = find_encoding(ENCODING_F32);
-                run.row_bytes = 4 * array.row_length;
+                decode_run(run, array.row_length, *rows);
+                return;
             }
             rows->push(run);
         },
         [](uint64_t, uint64_t) {});
+}
+
+// Rows of such a run cannot be entered in the middle: all are decoded, to f32. What that takes is
+// in proportion to the run, which has a byte for each row and words for those that are not zero.
+void Restorer::decode_run(const PlacedRun& run, uint64_t row_length, Rows& rows) {
+    uint64_t next = 0;
+    auto push_zeros = [&](uint64_t until) {
+        PlacedRun zeros;
+        zeros.encoding = find_encoding(ENCODING_ZERO);
+        zeros.data = run.data;
+        zeros.first_row = run.first_row + next;
+        zeros.n_rows = until - next;
+        if (zeros.n_rows > 0) rows.push(zeros);
+    };
+    const char* wrong = run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, row_length, [&](uint64_t row) {
+        push_zeros(row);
+        next = row + 1;
+        decoded_.emplace_back(new float[row_length]);
+        PlacedRun values;
+        values.encoding = find_encoding(ENCODING_F32);
+        values.data = reinterpret_cast<const uint8_t*>(decoded_.back().get());
+        values.row_bytes = 4 * row_length;
+        values.first_row = run.first_row + row;
+        values.n_rows = 1;
+        rows.push(values);
+        return decoded_.back().get();
+    });
+    if (wrong) refuse(87, static_cast<uint64_t>(run.data - index_.data), "%s", wrong);
+    push_zeros(run.n_rows);
 }
 
 void Restorer::open(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset) {

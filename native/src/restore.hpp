@@ -53,12 +53,9 @@ class Restorer {
     // of TILE. A is (rank, n_in), B (n_out, rank), row-major.
     void write(int dtype, uint8_t* out, uint64_t first, uint64_t last);
 
-    // False if the factor has encodings that are decoded as a whole, so that its positions are best
-    // written by one thread.
-    bool divisible() const { return decoded_.empty(); }
-
   private:
     void take(ArrayWalk& walk, const Array& array, Rows* rows);
+    void decode_run(const PlacedRun& run, uint64_t row_length, Rows& rows);
     void tile(int dtype, uint8_t* out, uint64_t first, uint64_t n);
     void prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first, uint64_t n, uint32_t j, uint32_t n_terms);
     const f32u* decode(const Row& row, uint64_t first, uint64_t n, f32u* buffer);

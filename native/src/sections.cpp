@@ -4,7 +4,6 @@
 
 #include "crc32c.hpp"
 #include "index.hpp"
-#include "inflate.hpp"
 
 namespace rmm {
 
@@ -45,7 +44,7 @@ bool check_size(const Index& index, Report& report, const Table& table, const ch
                           ull(table.count), table.stride, ull(table.length));
             ok = false;
         }
-    } else if (table.coding != 1 || type[0] < 'a') {
+    } else if (table.coding != 1 || type[0] < 'a' || id == FREE) {
         report.broken(26, at + 4, "section %s has coding %u, which is not known or not allowed there",
                       type, table.coding);
         ok = false;
@@ -132,18 +131,9 @@ bool read_sections(Index& index, Report& report) {
         if (sum != stored) {
             report.broken(25, table.offset, "section %s has crc 0x%08x, its bytes give 0x%08x", type, stored, sum);
         }
-        if (sized && table.coding == 1) {
-            std::vector<uint8_t>* keep = id == FREE ? &index.free_records : nullptr;
-            const char* wrong = inflate(data + table.offset, table.length, table.count * table.stride, keep);
-            if (wrong) {
-                report.broken(26, table.offset, "section %s: %s", type, wrong);
-                sized = false;
-            }
-        }
         if (!sized) ok = false;
         if (id >= 0) {
             if (table.coding == 0) table.data = data + table.offset;
-            if (id == FREE && table.coding == 1) table.data = index.free_records.data();
             index.tables[id] = table;
         }
     }

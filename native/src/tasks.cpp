@@ -13,6 +13,7 @@ class EntryCache {
         uint32_t form = NONE, target = NONE;
         uint64_t length = 0;  // NO_LENGTH: not told by the index
         uint64_t n_values = 0;
+        uint64_t n_terms = 0;  // products and sums
     };
 
     explicit EntryCache(uint64_t n_entries) {
@@ -28,6 +29,12 @@ class EntryCache {
   private:
     std::vector<Line> lines_;
 };
+
+// A limit in proportion to the file, which no small file can exceed.
+uint64_t times_file_length(const Index& index, uint64_t by) {
+    uint64_t limit;
+    return multiply(index.header.file_length, by, limit) ? limit : UINT64_MAX;
+}
 
 class TaskReader {
   public:
@@ -136,12 +143,11 @@ class TaskReader {
         return true;
     }
 
-    // RMM-060, RMM-061, RMM-062
+    // RMM-060, RMM-061, RMM-062, RMM-063
     void check_entries(const Task& task, uint64_t i, uint64_t at) {
         const Table& table = index_.table(ENTR);
-        uint64_t limit;
-        if (!multiply(index_.header.file_length, 1024, limit)) limit = UINT64_MAX;
-        uint64_t n_values = 0;
+        const uint64_t limit = times_file_length(index_, 1024), term_limit = times_file_length(index_, 16384);
+        uint64_t n_values = 0, n_terms = 0;
         for (uint64_t j = 0; j < task.n_entries; ++j) {
             Entry entry(table.record(task.first_entry + j));
             uint32_t target_id = index_.listed_target(task.first_target + j);
@@ -155,11 +161,15 @@ class TaskReader {
                                ull(entry.length), format("%llu", ull(line.length)).c_str());
             }
             if (!add(n_values, line.n_values, n_values)) n_values = UINT64_MAX;
-            if (n_values > limit) break;
+            if (!add(n_terms, line.n_terms, n_terms)) n_terms = UINT64_MAX;
         }
         if (n_values > limit) {
             report_.broken(62, at, "task %llu has more than 1024 values for each of the file's %llu bytes", ull(i),
                            ull(index_.header.file_length));
+        }
+        if (n_terms > term_limit) {
+            report_.broken(63, at, "task %llu takes more than 16384 products and sums for each of the file's %llu bytes",
+                           ull(i), ull(index_.header.file_length));
         }
     }
 
@@ -197,7 +207,16 @@ class TaskReader {
         if (!add(target.n_in, target.n_out, n_values) || !multiply(n_values, form.rank, n_values)) {
             n_values = UINT64_MAX;
         }
-        line = {entry.form, target_id, length, n_values};
+        uint64_t n_terms = 0;
+        for (const FactorPlan& factor : plan.factor) {
+            uint64_t terms;
+            if (!multiply(factor.n_positions, factor.rank, terms) ||
+                !multiply(terms, uint64_t{1} + factor.n_components, terms) || !add(n_terms, terms, n_terms)) {
+                n_terms = UINT64_MAX;
+                break;
+            }
+        }
+        line = {entry.form, target_id, length, n_values, n_terms};
         return true;
     }
 
@@ -217,6 +236,7 @@ void read_privates(Index& index, Report& report) {
         Task task = index.task(i);
         if (!within(task.first_private, task.n_privates, index.count(PRIV))) return;  // RMM-056
         uint32_t before = 0;
+        uint64_t total = 0;
         for (uint64_t j = 0; j < task.n_privates; ++j) {
             const Table& table = index.table(PRIV);
             const uint8_t* record = table.record(task.first_private + j);
@@ -239,20 +259,26 @@ void read_privates(Index& index, Report& report) {
                               tensor.n_dims, ull(tensor.first_dim), ull(index.count(DIMS)));
                 continue;
             }
-            // A dimension of 0 must not hide that the others overflow.
             uint64_t product = size;
-            bool fits = true, empty = false;
+            bool fits = true, sides = true, empty = false;
             for (unsigned d = 0; d < tensor.n_dims; ++d) {
                 uint64_t side = index.dimension(tensor.first_dim + d);
-                fits = fits && side <= MAX_SIDE && (side == 0 || multiply(product, side, product));
+                sides = sides && side <= MAX_SIDE;
+                fits = fits && multiply(product, side, product);
                 empty = empty || side == 0;
             }
             if (empty) product = 0;
+            fits = sides && (fits || empty);
             uint64_t length = index.blob(tensor.blob).length;
+            if (!add(total, length, total)) total = UINT64_MAX;
             if (!fits || product != length) {
                 report.broken(66, at + 9, "task %llu: private tensor %llu has a shape of %s bytes, its blob %llu", ull(i),
                               ull(j), fits ? format("%llu", ull(product)).c_str() : "too many", ull(length));
             }
+        }        if (total > times_file_length(index, 1024)) {
+            report.broken(64, index.table(TASK).offset_of(i),
+                          "task %llu has private tensors of more than 1024 bytes for each of the file's %llu bytes", ull(i),
+                          ull(index.header.file_length));
         }
     }
     for (uint64_t i = 0; i < blobs.count; ++i) {

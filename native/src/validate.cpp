@@ -75,8 +75,8 @@ class Validator {
                            ull(index_.count(ENTR)));
         }
         std::vector<uint8_t> decoded;
-        const uint8_t* data = bytes(table, decoded);
-        for (uint64_t i = 0; i < table.count; ++i) {
+        const uint8_t* data = bytes(ERRO, decoded);
+        for (uint64_t i = 0; data && i < table.count; ++i) {
             float error = load<float>(data + i * table.stride);
             if (error < 0) report_.broken(92, table.offset_of(i), "the error of entry %llu is negative", ull(i));
         }
@@ -85,9 +85,10 @@ class Validator {
     // RMM-090
     void metadata() {
         const Table& table = index_.table(META);
-        if (!table.present || table.count == 0) return;  // no records: as if absent
+        if (!table.present) return;
         std::vector<uint8_t> decoded;
-        const uint8_t* data = bytes(table, decoded);
+        const uint8_t* data = bytes(META, decoded);
+        if (!data || table.count == 0) return;  // no records: as if absent
         uint64_t at;
         std::string wrong = check_json(data, table.count, at);
         if (!wrong.empty()) {
@@ -97,10 +98,14 @@ class Validator {
     }
 
   private:
-    const uint8_t* bytes(const Table& table, std::vector<uint8_t>& decoded) {
+    // The records of an optional section; null if they cannot be decoded (RMM-026), which is told.
+    const uint8_t* bytes(TableId id, std::vector<uint8_t>& decoded) {
+        const Table& table = index_.table(id);
         if (table.coding == 0) return table.data;
-        inflate(index_.data + table.offset, table.length, table.count * table.stride, &decoded);
-        return decoded.data();
+        const char* wrong = inflate(index_.data + table.offset, table.length, table.count * table.stride, decoded);
+        if (!wrong) return decoded.data();
+        report_.broken(26, table.offset, "section %s: %s", TABLE_TYPES[id].type, wrong);
+        return nullptr;
     }
 
     void compare(int rule, uint64_t offset, uint64_t length, uint32_t stored, const std::string& what) {
@@ -174,13 +179,11 @@ class Validator {
     }
 
     void check_decoding(const PlacedRun& run, uint64_t row_length) {
-        uint64_t n_values;
-        if (!multiply(run.n_rows, row_length, n_values) || n_values > SIZE_MAX / sizeof(float)) {
-            fail(RMM_NO_MEMORY, "a run of encoding %s has too many values", run.encoding->name);
-        }
-        std::vector<float> values(n_values);
-        const char* wrong =
-            run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, row_length, values.data());
+        std::vector<float> row;
+        const char* wrong = run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, row_length, [&](uint64_t) {
+            row.resize(row_length);
+            return row.data();
+        });
         if (wrong) report_.broken(87, static_cast<uint64_t>(run.data - index_.data), "%s", wrong);
     }
 

@@ -1,4 +1,4 @@
-"""A builder of ``.rmm`` files for tests, written from the specification and sharing nothing with it.
+"""A builder of ``.rmm`` files for tests, from the specification alone.
 
 Rows are made of random bytes of their encoding, so every level and scale occurs; what they decode
 to is computed here, value by value, and so is the formula of reconstruction.
@@ -155,6 +155,7 @@ class Collection:
     deflate: bool = False
     scratch: bytes = b""
     sequence: int = 1
+    minor: int = 0  # above 0, records of the index and of the section table have appended fields
     extra_sections: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     def evaluate(self, task: int, entry: int, factor: str) -> np.ndarray:
@@ -244,32 +245,48 @@ class _Writer:
         if part is None:
             return struct.pack("<QIIIIII", 0, 0, 0, NONE, NONE, 0, 0)
         return struct.pack(
-            "<QIIIIII", part.group, part.p, part.rank, self.layout(part.mean),
-            self.layout(part.basis), int(part.mixing), 0,
+            "<QIIIIII",
+            part.group,
+            part.p,
+            part.rank,
+            self.layout(part.mean),
+            self.layout(part.basis),
+            int(part.mixing),
+            0,
         )
 
     def form(self, entry: Entry) -> int:
         record = struct.pack(
-            "<dIIIIIIBB6x", entry.scale, entry.rank, entry.cluster,
-            self.layout(entry.a.coefficients), self.layout(entry.a.residual),
-            self.layout(entry.b.coefficients), self.layout(entry.b.residual), *entry.dtypes,
+            "<dIIIIIIBB6x",
+            entry.scale,
+            entry.rank,
+            entry.cluster,
+            self.layout(entry.a.coefficients),
+            self.layout(entry.a.residual),
+            self.layout(entry.b.coefficients),
+            self.layout(entry.b.residual),
+            *entry.dtypes,
         )
         return self.forms.setdefault(record, len(self.forms))
 
     def run(self) -> bytes:
         c = self.c
         names = sorted(
-            {t.name.encode() for t in c.targets} | {t.name.encode() for t in c.tasks}
+            {t.name.encode() for t in c.targets}
+            | {t.name.encode() for t in c.tasks}
             | {p.name.encode() for t in c.tasks for p in t.privates}
         )
         ids = {name: i for i, name in enumerate(names)}
         fram, task_records, entr, tlst = [], [], [], []
         for frame in c.frames:
             parts = [frame.a, frame.b]
-            data = self.arrays([a for p in parts for a in ((p.mean, p.basis) if p else (None, None))])
+            data = self.arrays(
+                [a for p in parts for a in ((p.mean, p.basis) if p else (None, None))]
+            )
             fram.append(
                 struct.pack("<QQII", self.extent(data), len(data), frame.target, crc32c(data))
-                + self.part(frame.a) + self.part(frame.b)
+                + self.part(frame.a)
+                + self.part(frame.b)
             )
         priv, dims, blobs, contents = [], [], [], {}
         lists: dict[tuple, int] = {}
@@ -289,12 +306,26 @@ class _Writer:
                 if private.data not in contents:
                     contents[private.data] = len(blobs)
                     blobs.append(
-                        struct.pack("<QQII", self.extent(private.data), len(private.data),
-                                    crc32c(private.data), 0)
+                        struct.pack(
+                            "<QQII",
+                            self.extent(private.data),
+                            len(private.data),
+                            crc32c(private.data),
+                            0,
+                        )
                     )
                 priv.append(
-                    struct.pack("<IIBBBBIQ", ids[private.name.encode()], contents[private.data],
-                                private.dtype, len(private.shape), private.role, 0, 0, len(dims))
+                    struct.pack(
+                        "<IIBBBBIQ",
+                        ids[private.name.encode()],
+                        contents[private.data],
+                        private.dtype,
+                        len(private.shape),
+                        private.role,
+                        0,
+                        0,
+                        len(dims),
+                    )
                 )
                 dims += [struct.pack("<Q", side) for side in private.shape]
             targets = tuple(entry.target for entry in task.entries)
@@ -302,22 +333,47 @@ class _Writer:
                 lists[targets] = len(tlst)
                 tlst += [struct.pack("<I", t) for t in targets]
             task_records.append(
-                struct.pack("<QQQQQQQII", offset, len(run), first_entry, len(task.entries),
-                            lists[targets], first_private, len(task.privates),
-                            ids[task.name.encode()], 0)
+                struct.pack(
+                    "<QQQQQQQII",
+                    offset,
+                    len(run),
+                    first_entry,
+                    len(task.entries),
+                    lists[targets],
+                    first_private,
+                    len(task.privates),
+                    ids[task.name.encode()],
+                    0,
+                )
             )
         free = [struct.pack("<QQII", self.extent(f), len(f), crc32c(f), 0) for f in c.free]
         targ = [
-            struct.pack("<QQ3HBBII", t.n_in, t.n_out, *(t.kernel + (0, 0, 0))[:3], t.kind, t.flags,
-                        ids[t.name.encode()], 0)
+            struct.pack(
+                "<QQ3HBBII",
+                t.n_in,
+                t.n_out,
+                *(*t.kernel, 0, 0, 0)[:3],
+                t.kind,
+                t.flags,
+                ids[t.name.encode()],
+                0,
+            )
             for t in c.targets
         ]
         sections: list[tuple[bytes, list[bytes] | bytes, int]] = [
-            (b"STRS", b"".join(name + b"\0" for name in names), 1), (b"TARG", targ, 32),
-            (b"RUNS", self.runs, 8), (b"LAYO", self.layout_records, 16),
-            (b"FORM", list(self.forms), 40), (b"FRAM", fram, 88), (b"TLST", tlst, 4),
-            (b"TASK", task_records, 64), (b"ENTR", entr, 16), (b"DIMS", dims, 8),
-            (b"PRIV", priv, 24), (b"BLOB", blobs, 24), (b"free", free, 24),
+            (b"STRS", b"".join(name + b"\0" for name in names), 1),
+            (b"TARG", targ, 32),
+            (b"RUNS", self.runs, 8),
+            (b"LAYO", self.layout_records, 16),
+            (b"FORM", list(self.forms), 40),
+            (b"FRAM", fram, 88),
+            (b"TLST", tlst, 4),
+            (b"TASK", task_records, 64),
+            (b"ENTR", entr, 16),
+            (b"DIMS", dims, 8),
+            (b"PRIV", priv, 24),
+            (b"BLOB", blobs, 24),
+            (b"free", free, 24),
         ]
         if c.errors is not None:
             sections.append((b"erro", [struct.pack("<f", e) for e in c.errors], 4))
@@ -332,12 +388,15 @@ class _Writer:
         c = self.c
         stored = []
         for kind, records, size in sections:
+            if c.minor and not isinstance(records, bytes):
+                records, size = [record + b"\xaa" * 8 for record in records], size + 8
             data = records if isinstance(records, bytes) else b"".join(records)
             count, coding = len(data) // size, 0
-            if c.deflate and kind[:1].islower():
+            if c.deflate and kind in (b"erro", b"meta"):
                 data, coding = zlib.compress(data, 9), 1
             stored.append((kind, coding, data, count, size))
-        length = 40 * len(stored)
+        record_size = 48 if c.minor else 40
+        length = record_size * len(stored)
         for _, _, data, _, _ in stored:
             length = ceil_to(length, 8) + len(data)
         self.out += bytes(-len(self.out) % (64 if length >= 4096 else 8))
@@ -345,27 +404,41 @@ class _Writer:
         table, body = b"", bytearray()
         for kind, coding, data, count, size in stored:
             body += bytes(-len(body) % 8)
-            offset = start + 40 * len(stored) + len(body)
-            table += struct.pack("<4sIQQQII", kind, coding, offset, len(data), count, size,
-                                 crc32c(data))
+            offset = start + record_size * len(stored) + len(body)
+            table += struct.pack(
+                "<4sIQQQII", kind, coding, offset, len(data), count, size, crc32c(data)
+            ) + b"\xbb" * (record_size - 40)
             body += data
         self.out += table + body
         file_length = len(self.out)
         self.out += c.scratch
-        slot = struct.pack("<QQQQQQII68x", c.sequence, file_length, len(self.out), start, length,
-                           len(stored), 40, crc32c(table))
-        preamble = struct.pack("<8sHHI44x", b"\x89RMM\r\n\x1a\n", 1, 0, 0)
+        slot = struct.pack(
+            "<QQQQQQII68x",
+            c.sequence,
+            file_length,
+            len(self.out),
+            start,
+            length,
+            len(stored),
+            record_size,
+            crc32c(table),
+        )
+        preamble = struct.pack("<8sHHI44x", b"\x89RMM\r\n\x1a\n", 1, c.minor, 0)
         self.out[:64] = preamble + struct.pack("<I", crc32c(preamble))
         at = 64 if c.sequence % 2 else 512
         self.out[at : at + 128] = slot + struct.pack("<I", crc32c(slot))
         return bytes(self.out)
 
 
-# --- taking files apart, to break them ---------------------------------------------------------------
+# --- taking files apart, to break them -------------------------------------------------------
 
 
 def active_slot(data: bytes) -> int:
-    slots = [at for at in (64, 512) if crc32c(data[at : at + 124]) == struct.unpack_from("<I", data, at + 124)[0]]
+    slots = [
+        at
+        for at in (64, 512)
+        if crc32c(data[at : at + 124]) == struct.unpack_from("<I", data, at + 124)[0]
+    ]
     return max(slots, key=lambda at: struct.unpack_from("<Q", data, at)[0])
 
 
@@ -405,10 +478,12 @@ def patched(data: bytes, offset: int, code: str, *values: object, sealed: bool =
     return seal(out) if sealed else bytes(out)
 
 
-# --- collections ---------------------------------------------------------------------------------------
+# --- collections -----------------------------------------------------------------------------
 
 
-def rows(rng: np.random.Generator, n_rows: int, n: int, encodings: tuple[int, ...], scale: float = 1.0) -> list[Row]:
+def rows(
+    rng: np.random.Generator, n_rows: int, n: int, encodings: tuple[int, ...], scale: float = 1.0
+) -> list[Row]:
     """n_rows rows whose encodings repeat `encodings`, sorted so that runs form."""
     codes = sorted(encodings[i % len(encodings)] for i in range(n_rows))
     return [random_row(rng, code, n, scale) for code in codes]
@@ -417,7 +492,9 @@ def rows(rng: np.random.Generator, n_rows: int, n: int, encodings: tuple[int, ..
 def make_part(rng, n, group, rank, p, encodings, *, mean=True, mixing=False) -> Part:
     n_basis = p if mixing else p * rank
     return Part(
-        group, rank, p,
+        group,
+        rank,
+        p,
         rows(rng, rank, n, encodings) if mean else None,
         rows(rng, n_basis, n, encodings) if p else None,
         mixing,
@@ -432,24 +509,40 @@ def make_factor(rng, part: Part | None, n, rank, encodings, *, residual=False) -
     return Factor(coefficients, rows(rng, rank, n, encodings) if residual else None)
 
 
-def rich(seed: int = 0, encodings: tuple[int, ...] = ALL_ENCODINGS, **options: object) -> Collection:
+def rich(
+    seed: int = 0, encodings: tuple[int, ...] = ALL_ENCODINGS, **options: object
+) -> Collection:
     """Every kind of frame, grouping and term, ragged ranks, private tensors, free extents."""
     rng = np.random.default_rng(seed)
     targets = [
-        Target("a.position", 70, 33), Target("b.factor", 64, 97), Target("c.group", 130, 45),
-        Target("d.mixing", 61, 40), Target("e.alone", 1100, 530), Target("f.emb", 300, 16, 1),
-        Target("g.conv", 27, 8, 2, 0, (3, 3)), Target("h.oned", 12, 12, 0, 1),
+        Target("a.position", 70, 33),
+        Target("b.factor", 64, 97),
+        Target("c.group", 130, 45),
+        Target("d.mixing", 61, 40),
+        Target("e.alone", 1100, 530),
+        Target("f.emb", 300, 16, 1),
+        Target("g.conv", 27, 8, 2, 0, (3, 3)),
+        Target("h.oned", 12, 12, 0, 1),
         Target("h.oned", 12, 13, 0, 1),
     ]
     frames = [
         Frame(0, make_part(rng, 70, 1, 8, 3, encodings), make_part(rng, 33, 1, 8, 2, encodings)),
         Frame(0, None, make_part(rng, 33, 1, 5, 0, encodings)),
-        Frame(1, make_part(rng, 64, 64, 20, 5, encodings),
-              make_part(rng, 97, 97, 20, 2, encodings, mean=False)),
-        Frame(2, make_part(rng, 130, 7, 6, 6, encodings),
-              make_part(rng, 45, 44, 6, 1, encodings, mean=False)),
-        Frame(3, make_part(rng, 61, 61, 37, 3, encodings, mixing=True, mean=False),
-              make_part(rng, 40, 40, 37, 9, encodings, mixing=True)),
+        Frame(
+            1,
+            make_part(rng, 64, 64, 20, 5, encodings),
+            make_part(rng, 97, 97, 20, 2, encodings, mean=False),
+        ),
+        Frame(
+            2,
+            make_part(rng, 130, 7, 6, 6, encodings),
+            make_part(rng, 45, 44, 6, 1, encodings, mean=False),
+        ),
+        Frame(
+            3,
+            make_part(rng, 61, 61, 37, 3, encodings, mixing=True, mean=False),
+            make_part(rng, 40, 40, 37, 9, encodings, mixing=True),
+        ),
     ]
     tasks = []
     for number, name in enumerate(("alpha", "βeta", "gamma")):
@@ -458,19 +551,27 @@ def rich(seed: int = 0, encodings: tuple[int, ...] = ALL_ENCODINGS, **options: o
             f = frames[frame]
             n_in, n_out = targets[f.target].n_in, targets[f.target].n_out
             rank = max(1, f.a.rank - 2 * number)
-            entries.append(Entry(
-                f.target, rank,
-                make_factor(rng, f.a, n_in, rank, encodings, residual=number == 1),
-                make_factor(rng, f.b, n_out, rank, encodings, residual=number != 1),
-                0.5 + number, cluster, (1 + number, 3 - number),
-            ))
+            entries.append(
+                Entry(
+                    f.target,
+                    rank,
+                    make_factor(rng, f.a, n_in, rank, encodings, residual=number == 1),
+                    make_factor(rng, f.b, n_out, rank, encodings, residual=number != 1),
+                    0.5 + number,
+                    cluster,
+                    (1 + number, 3 - number),
+                )
+            )
         for target in (4, 5, 6, 7 + number % 2):
             t, rank = targets[target], 16 + 3 * number
-            entries.append(Entry(
-                target, rank,
-                Factor(None, rows(rng, rank, t.n_in, encodings)),
-                Factor(None, rows(rng, rank, t.n_out, encodings) if number else None),
-            ))
+            entries.append(
+                Entry(
+                    target,
+                    rank,
+                    Factor(None, rows(rng, rank, t.n_in, encodings)),
+                    Factor(None, rows(rng, rank, t.n_out, encodings) if number else None),
+                )
+            )
         privates = [
             Private("head.weight", 1, (4, 3), rng.bytes(48), 1),
             Private(f"only.{number}", 13, (), bytes([number % 2]), 2),
@@ -479,14 +580,30 @@ def rich(seed: int = 0, encodings: tuple[int, ...] = ALL_ENCODINGS, **options: o
         ]
         tasks.append(Task(name, entries, privates))
     # One task in the second cluster of the first target, and one with nothing.
-    tasks.append(Task("omega", [Entry(
-        0, 4, Factor(None, rows(rng, 4, 70, encodings)),
-        make_factor(rng, frames[1].b, 33, 4, encodings, residual=True), 2.0, 2)]))
+    tasks.append(
+        Task(
+            "omega",
+            [
+                Entry(
+                    0,
+                    4,
+                    Factor(None, rows(rng, 4, 70, encodings)),
+                    make_factor(rng, frames[1].b, 33, 4, encodings, residual=True),
+                    2.0,
+                    2,
+                )
+            ],
+        )
+    )
     tasks.append(Task("zeta"))
     tasks.sort(key=lambda task: task.name.encode())
     n_entries = sum(len(task.entries) for task in tasks)
     collection = Collection(
-        targets, frames, tasks, [b"\x07" * 5, b"\x01" * 4100], b'{"producer":"test"}',
+        targets,
+        frames,
+        tasks,
+        [b"\x07" * 5, b"\x01" * 4100],
+        b'{"producer":"test"}',
         [float("nan")] + [0.25] * (n_entries - 1),
     )
     return dataclasses.replace(collection, **options)
@@ -498,12 +615,23 @@ def tiny(seed: int = 1, **options: object) -> Collection:
     targets = [Target("t", 5, 3), Target("u", 33, 2)]
     frames = [Frame(0, make_part(rng, 5, 1, 2, 1, (F16,)), None)]
     entries = [
-        Entry(0, 2, make_factor(rng, frames[0].a, 5, 2, (F16,)),
-              Factor(None, rows(rng, 2, 3, (F32, ZERO))), 2.0, 1),
+        Entry(
+            0,
+            2,
+            make_factor(rng, frames[0].a, 5, 2, (F16,)),
+            Factor(None, rows(rng, 2, 3, (F32, ZERO))),
+            2.0,
+            1,
+        ),
         Entry(1, 1, Factor(None, rows(rng, 1, 33, (QUANTISED[3],))), Factor()),
     ]
-    tasks = [Task("one", entries, [Private("bias", 1, (2,), rng.bytes(8), 2)]), Task("two", entries[:1])]
-    collection = Collection(targets, frames, tasks, [b"gone"], b'{"producer":"x"}', [0.5, 0.25, 0.125])
+    tasks = [
+        Task("one", entries, [Private("bias", 1, (2,), rng.bytes(8), 2)]),
+        Task("two", entries[:1]),
+    ]
+    collection = Collection(
+        targets, frames, tasks, [b"gone"], b'{"producer":"x"}', [0.5, 0.25, 0.125]
+    )
     return dataclasses.replace(collection, **options)
 
 

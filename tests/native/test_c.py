@@ -1,0 +1,246 @@
+"""The C interface: strict C99, sizes, examples, conformance vectors, memory checkers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import google_crc32c
+import native_build as build
+import numpy as np
+import pytest
+
+from rmmformat import _native
+
+ROOT = Path(__file__).resolve().parents[2]
+VECTORS = ROOT / "spec" / "vectors"
+
+
+def run(*command: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, (done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "rich.rmm").write_bytes(build.rich(0).build())
+    (folder / "deflated.rmm").write_bytes(
+        build.rich(3, deflate=True, scratch=b"x", sequence=2).build()
+    )
+    (folder / "tiny.rmm").write_bytes(build.tiny().build())
+    (folder / "broken.rmm").write_bytes(build.tiny().build()[:-1] + b"?")
+    (folder / "later.rmm").write_bytes(build.patched(build.tiny().build(), 8, "H", 2))
+    return folder
+
+
+def test_list_and_load(c_programs: Path, files: Path) -> None:
+    collection = build.rich(0)
+    listed = run(c_programs / "list_and_load", files / "rich.rmm")
+    assert [
+        line.split()[1].rstrip(":") for line in listed.splitlines() if line.startswith("task")
+    ] == [task.name for task in collection.tasks]
+    loaded = run(c_programs / "list_and_load", files / "rich.rmm", "alpha").splitlines()
+    task = collection.tasks[0]
+    for j, (line, entry) in enumerate(zip(loaded, task.entries, strict=False)):
+        a = google_crc32c.value(collection.evaluate(0, j, "a").tobytes())
+        b = google_crc32c.value(np.ascontiguousarray(collection.evaluate(0, j, "b").T).tobytes())
+        name = collection.targets[entry.target].name
+        assert line == f"{name}: rank {entry.rank}, scale {entry.scale:g}, A {a:08x}, B {b:08x}"
+    assert len(loaded) == len(task.entries) + len(task.privates)
+
+
+def test_exit_codes(c_programs: Path, files: Path) -> None:
+    run(c_programs / "list_and_load", code=2)
+    run(c_programs / "list_and_load", files / "none.rmm", code=1)
+    run(c_programs / "list_and_load", files / "rich.rmm", "nobody", code=1)
+    run(c_programs / "list_and_load", files / "broken.rmm", code=3)
+    run(c_programs / "list_and_load", files / "later.rmm", code=4)
+    assert run(c_programs / "check", files / "deflated.rmm") == "valid\n"
+    assert run(c_programs / "check", "--open", files / "deflated.rmm") == "valid\n"
+    broken = run(c_programs / "check", files / "broken.rmm", code=3).splitlines()
+    assert broken[0].startswith("RMM-025 ")
+    assert broken[-1] == "malformed"
+    assert run(c_programs / "check", files / "later.rmm", code=4).endswith("unsupported\n")
+
+
+def test_vectors(c_programs: Path) -> None:
+    """The validator lists the recorded rule; the reader names it; what is valid is passed."""
+    manifest = VECTORS / "manifest.json"
+    if not manifest.is_file():
+        pytest.skip("no vectors here")
+    wrong = []
+    for vector in json.loads(manifest.read_text())["vectors"]:
+        if vector["verdict"] == "free" or vector.get("rule") == "RMM-091":
+            continue  # RMM-091 needs the schema
+        path = VECTORS / vector["file"]
+        code = {"valid": 0, "invalid": 3, "unsupported": 4}[vector["verdict"]]
+        for option in ([], ["--open"]):
+            if option and vector.get("when") == "validate":
+                continue
+            done = subprocess.run(
+                [c_programs / "check", *option, path], capture_output=True, text=True, check=False
+            )
+            named = re.findall(r"^RMM-\d{3}", done.stdout, re.MULTILINE)
+            expected = vector.get("rule")
+            if done.returncode != code or (expected is not None and expected not in named):
+                wrong.append((vector["id"], option, done.returncode, done.stdout))
+    assert wrong == []
+
+
+def test_values_of_vectors() -> None:
+    """Recorded shapes, scales and digests of factors."""
+    import hashlib
+
+    paths = sorted(VECTORS.glob("valid/*.expect.json"))
+    if not paths:
+        pytest.skip("no vectors here")
+    for path in paths:
+        expected = json.loads(path.read_text())["tasks"]
+        file = _native.File.open(str(path.with_name(path.name.replace(".expect.json", ".rmm"))))
+        assert file.task_names() == list(expected), path.name
+        for task, name in enumerate(expected):
+            entries, size = file.entries(task, 1)
+            arena = bytearray(size)
+            file.load_task(task, 1, arena)
+            assert len(entries) == len(expected[name]["entries"]), path.name
+            for entry, want in zip(entries, expected[name]["entries"], strict=True):
+                assert (entry.target, entry.rank, list(entry.kernel)) == (
+                    want["target"],
+                    want["rank"],
+                    want["kernel"],
+                )
+                assert entry.scale == float.fromhex(want["scale"])
+                for letter, offset, n in (
+                    ("A", entry.offset_a, entry.n_in),
+                    ("B", entry.offset_b, entry.n_out),
+                ):
+                    data = arena[offset : offset + 4 * n * entry.rank]
+                    assert hashlib.sha256(data).hexdigest() == want[letter]["sha256"], (
+                        path.name,
+                        name,
+                        letter,
+                    )
+
+
+SIZES = """
+#include <stddef.h>
+#include <stdio.h>
+#include "rmm/rmm.h"
+int main(void) {
+    printf("%zu %zu %zu %zu %zu %zu %zu\\n", sizeof(rmm_error), sizeof(rmm_file_info),
+           sizeof(rmm_task_info), sizeof(rmm_target_info), sizeof(rmm_entry_info),
+           sizeof(rmm_private_info), sizeof(rmm_violation));
+    printf("%zu %zu %zu\\n", offsetof(rmm_error, offset), offsetof(rmm_error, message),
+           offsetof(rmm_entry_info, rank));
+    printf("%d %d %d %d %d %d %d\\n", RMM_OK, RMM_NOT_RMM, RMM_MALFORMED, RMM_UNSUPPORTED_VERSION,
+           RMM_NO_TASK, RMM_BAD_ARGUMENT, RMM_INTERNAL);
+    printf("%s %u\\n", rmm_version(), (unsigned)rmm_abi_version());
+    return 0;
+}
+"""
+
+
+def test_the_interface_is_pinned(c_programs: Path, tmp_path: Path) -> None:
+    """Sizes, offsets and codes of ABI version 1, seen by a program that links the library."""
+    source, program = tmp_path / "sizes.c", tmp_path / "sizes"
+    source.write_text(SIZES)
+    flags = [f"-I{c_programs}/prefix/include", f"-L{c_programs}/prefix/lib", "-lrmm"]
+    if shutil.which("pkg-config"):
+        environment = os.environ | {"PKG_CONFIG_PATH": f"{c_programs}/prefix/lib/pkgconfig"}
+        flags = subprocess.run(
+            ["pkg-config", "--cflags", "--libs", "rmm"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+    run(
+        "cc",
+        "-std=c99",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        source,
+        "-o",
+        program,
+        *flags,
+        f"-Wl,-rpath,{c_programs}/prefix/lib",
+    )
+    lines = run(program).splitlines()
+    assert lines[0] == "512 96 48 40 88 104 24"
+    assert lines[1] == "8 24 68"
+    assert lines[2] == "0 10 20 30 40 50 90"
+    assert lines[3] == f"{_native.__version__} 1"
+
+
+def test_only_the_interface_is_exported(c_programs: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("no nm here")
+    names = run("nm", "-D", "--defined-only", c_programs / "librmm.so").split()[2::3]
+    assert [
+        name for name in names if not name.startswith("rmm_") and not name.startswith("_Z")
+    ] == []
+    ours = [name for name in names if name.startswith("_Z") and "3rmm" in name]
+    assert ours == []
+
+
+def test_valgrind(c_programs: Path, files: Path) -> None:
+    if shutil.which("valgrind") is None:
+        pytest.skip("no valgrind here")
+    valgrind = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=full"]
+    run(*valgrind, c_programs / "list_and_load", files / "rich.rmm", "alpha")
+    run(*valgrind, c_programs / "check", files / "deflated.rmm")
+    run(*valgrind, c_programs / "check", files / "broken.rmm", code=3)
+    run(*valgrind, c_programs / "list_and_load", files / "later.rmm", code=4)
+
+
+def test_replay(c_programs: Path, files: Path) -> None:
+    """Every truncation and flipped bit of a small file, through both fuzz targets."""
+    for target in ("load", "validate"):
+        assert "1 files" in run(c_programs / f"replay_{target}", "-flips", files / "tiny.rmm")
+
+
+def test_sanitizers(files: Path, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    flags = ["-fsanitize=address,undefined", probe, "-o", tmp_path / "probe"]
+    if (
+        shutil.which("make") is None
+        or subprocess.run(["c++", *flags], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no sanitizers here")
+    inputs = [
+        files / "rich.rmm",
+        files / "deflated.rmm",
+        *VECTORS.glob("*/*.rmm"),
+        "-flips",
+        files / "tiny.rmm",
+    ]
+    done = subprocess.run(
+        [
+            "make",
+            "-s",
+            "-j2",
+            "-C",
+            str(ROOT / "native"),
+            f"BUILD={tmp_path}",
+            "CXXFLAGS=-O0",
+            "SANITIZED_FLAGS=-O0",
+            "sanitize",
+            "FILES=" + " ".join(map(str, inputs)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "runtime error" not in done.stderr
