@@ -207,7 +207,9 @@ def allocate(spectra: Spectra, budget: float, exponent: float = EXPONENT) -> All
     Returns
     -------
     Allocation
-        Its bytes sum to the budget or less; everything is left out where nothing fits.
+        Its bytes sum to the budget or less; everything is left out where nothing fits, and exact
+        where that fits.  Between what the finest step takes (about 14 bits a value of the leading
+        component) and exact storage, the rest of a budget is not used.
 
     Notes
     -----
@@ -223,6 +225,9 @@ def allocate(spectra: Spectra, budget: float, exponent: float = EXPONENT) -> All
     ======  ===========  ===========  ===========
     """
     floor = _finest(spectra)
+    if spectra.exact_bytes.sum() <= budget:
+        zero = np.zeros(len(floor))
+        return Allocation(zero, zero.astype(np.int64), spectra.exact_bytes, zero)
     best = _steps_at(spectra, 4.0, exponent, floor)
     low, high = 1e-9, 4.0
     for _ in range(36):
