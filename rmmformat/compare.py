@@ -36,9 +36,13 @@ __all__ = ["Comparison", "Evaluate", "Row", "compare", "load_evaluation"]
 
 Array = npt.NDArray[np.generic]
 
-#: Called with a task's name, its deltas by target and its private tensors; higher is better.
-Evaluate = Callable[[str, Mapping[str, Factors], Mapping[str, Array]], float]
+#: Called with a task's name, its deltas by target and its private tensors; higher is better, None
+#: leaves the task out.
+Evaluate = Callable[[str, Mapping[str, Factors], Mapping[str, Array]], float | None]
 Progress = Callable[[str, int, int], None]
+
+#: Errors below this are the rounding of the measurement (of float64, on deltas), and count as none.
+_ROUNDING = 1e-13
 
 #: Values of the dense deltas of all tasks at one target that are still formed: 512 MB in float64.
 DENSE_LIMIT = 1 << 26
@@ -66,7 +70,7 @@ class Row:
     seconds
         Reading the sources and coding them.
     scores, score
-        Of each task, and their mean; None without an evaluation.
+        Of each task that has one, and their mean; None without an evaluation.
     best
         No other row has fewer or as many bytes and a smaller mean error.
     """
@@ -272,9 +276,8 @@ def _stored(
         scores: dict[str, float] = {}
         if options.evaluate is not None:
             for task in targets.tasks:
-                scores[task.name] = _score(
-                    options.evaluate, task, collection.load(task.name), targets.privates(task)
-                )
+                deltas, privates = collection.load(task.name), targets.privates(task)
+                scores |= _score(options.evaluate, task, deltas, privates)
     errors = [error for task in found for error in task.errors.values()]
     problems = [f"{task.task}: {problem}" for task in found for problem in task.problems]
     row = _row(contender, targets, report.factor_bytes, errors, seconds, scores)
@@ -312,11 +315,11 @@ def _computed(
             spool.add(key.name, [task.name for task in members], rebuilt.deltas)
         step(number + 1, 2 * targets.n_targets)
     seconds = time.perf_counter() - start
-    scores = {}
+    scores: dict[str, float] = {}
     if spool is not None and options.evaluate is not None:
         for task in targets.tasks:
             deltas, privates = spool.task(task.name), targets.privates(task)
-            scores[task.name] = _score(options.evaluate, task, deltas, privates)
+            scores |= _score(options.evaluate, task, deltas, privates)
     return _row(contender, targets, n_bytes, errors, seconds, scores)
 
 
@@ -339,9 +342,10 @@ def _score(
     task: SourceTask,
     deltas: Mapping[str, Factors],
     privates: Mapping[str, Array],
-) -> float:
+) -> dict[str, float]:
     try:
-        return float(evaluate(task.name, deltas, privates))
+        score = evaluate(task.name, deltas, privates)
+        return {} if score is None else {task.name: float(score)}
     except RmmError:
         raise
     except Exception as error:
@@ -368,7 +372,7 @@ def _row(
     seconds: float,
     scores: Mapping[str, float],
 ) -> Row:
-    summary = summarize(errors)
+    summary = summarize(0.0 if error < _ROUNDING else error for error in errors)
     return Row(
         contender.family,
         contender.label,

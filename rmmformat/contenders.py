@@ -151,6 +151,7 @@ def contenders(
     *,
     families: Sequence[str] | None = None,
     sizes: Sequence[float] = (0.25, 0.14, 0.11, 0.08, 0.06, 0.03, 0.015, 0.01),
+    components: Sequence[int] | None = None,
     density: float = 0.2,
     seed: int = 0,
 ) -> list[Contender]:
@@ -164,6 +165,8 @@ def contenders(
         Words of :data:`FAMILIES`; all by default.
     sizes
         Sizes for the planner, as parts of the originals' bytes.
+    components
+        Values of p for RMM as published and by factor; by default all that can help.
     density
         For TIES and DARE.
     seed
@@ -188,7 +191,11 @@ def contenders(
         *(Stored("planned", f"planned, {100 * s:g} %", Size(s)) for s in sizes),
     ]
     top = min(n_tasks - 1, rank)
-    rows += [Stored("rmm", f"RMM p={p}", Published(p, encoding="f32")) for p in range(1, top + 1)]
+    rows += [
+        Stored("rmm", f"RMM p={p}", Published(p, encoding="f32"))
+        for p in components or range(1, top + 1)
+        if p <= top
+    ]
     if top:
         p = min(3, top)
         rows += [
@@ -197,7 +204,8 @@ def contenders(
         ]  # fmt: skip
     rows += [
         Stored("factor", f"RMM by factor p={p}", Published(p, "factor", encoding="f32"))
-        for p in range(1, n_tasks)
+        for p in components or range(1, n_tasks)
+        if p < n_tasks
     ]
     rows += [_subspace(k) for k in _distinct(rank, 2 * rank, 3 * rank)]
     rows += [_truncation(k) for k in _distinct(3 * rank // 4, rank // 2, rank // 4, rank // 8)]

@@ -28,6 +28,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import os
 import random
 import re
 import subprocess
@@ -39,7 +40,7 @@ from pathlib import Path
 
 __all__ = ["CACHE", "TASKS", "Split", "load"]
 
-CACHE = Path("build/tasks/data")
+CACHE = Path(os.environ.get("RMM_TASKS_DATA", "build/tasks/data"))
 NEUTRAL = 0.5
 
 Rows = list[tuple[str, int]]

@@ -60,6 +60,13 @@ def _show_methods(ctx: click.Context, _param: object, value: bool) -> None:
     "may be given several times.  [default: 0.25 ... 0.01]",
 )
 @click.option(
+    "--components",
+    type=click.IntRange(1),
+    multiple=True,
+    metavar="P",
+    help="For RMM; may be given several times.  [default: 1 ... n - 1]",
+)
+@click.option(
     "--eval",
     "evaluation",
     metavar="MODULE:FUNCTION",
@@ -90,7 +97,7 @@ def _show_methods(ctx: click.Context, _param: object, value: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     sources: tuple[str, ...], methods: tuple[str, ...] | None, sizes: tuple[float, ...],
-    evaluation: str | None, page: Path | None, density: float, seed: int, dense_limit: int,
+    components: tuple[int, ...], evaluation: str | None, page: Path | None, density: float, seed: int, dense_limit: int,
     kind: str | None, allow_base_mismatch: bool, no_pickle: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     r"""Run many ways of keeping the same adapters, and show bytes, error, time and score of each.
@@ -114,6 +121,7 @@ def command(
         len(tasks),
         rank,
         families=methods,
+        components=components or None,
         density=density,
         seed=seed,
         **({"sizes": sizes} if sizes else {}),
