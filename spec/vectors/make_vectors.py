@@ -1156,6 +1156,17 @@ def trellis_rules(s: Set) -> None:
     over = Trellis([(112, [2**23])], 1)
     broken("r-value", "An index of 2^23.", over)
     broken("s-no-bytes", "A length of 0.", run(), b"\0")
+    # Decoded last, an escape takes the last word, since its symbol leaves the state far from low.
+    escape = Trellis([(12, [0, 3, 0, 900])], 4)
+    escape.words = escape.words[:-1]
+    broken("t-escape-missing", "An escape behind the last word.", escape)
+    # Likely symbols with ten raw bits each: the last word is taken when those of the second go.
+    bits = Trellis([(112, [5, 900, 900])], 3)
+    bits.words = bits.words[:-1]
+    broken("u-raw-missing", "Raw bits take a word behind the last.", bits)
+    lane = few("v-trellis-lanes-4", [2, 0, 2], 2**13 + 1)
+    lane.states[3] ^= 1 << 20
+    broken("v-lane", "The last of four lanes ends at another value.", lane)
     more = few("more", [12], 4)
     made = trellis_task(more)
     made.tasks[0].entries[0].b = Side(residual=[[Row(0x20, more.raw() + b"\0\0", [0.0, 0.0])]])
@@ -1168,6 +1179,19 @@ def trellis_rules(s: Set) -> None:
         made,
         "Bytes behind the last run of an entry.",
         where=["ENTR[0]", 640, "entry:0"],
+        when="load",
+        task="task",
+    )
+    longer = [Row(0x20, more.raw() + b"\0\0", [0.0] * 4)]
+    frame = Frame(Target("t", 4, 2), Part(4, 1, [longer]), None)
+    own = Side(residual=rows(seeded("framed"), [1], 4))
+    side = Side(residual=rows(seeded("framed"), [1], 2))
+    s.broken(
+        "052d-trellis",
+        "v-trellis-frame",
+        Collection([Task("task", [Entry(frame.target, 1, own, side, frame=frame)])], [frame]),
+        "Bytes behind the last run of a frame.",
+        where=["FRAM[0]", "extent-FRAM[0]"],
         when="load",
         task="task",
     )
