@@ -190,7 +190,8 @@ def _ggml(code: int, bits: int) -> Encoding:
     block_bytes = 2 + BLOCK * bits // 8
 
     def quantise(blocks: Float32, scale: Float32) -> Float32:
-        return np.clip(np.rint(blocks / _safe(scale)), low, high).astype(np.float32)
+        codes: Float32 = np.clip(np.rint(blocks / _safe(scale)), low, high).astype(np.float32)
+        return codes
 
     def levels(blocks: Float32, scale: Float32) -> Float32:
         return scale * quantise(blocks, scale)

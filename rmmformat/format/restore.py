@@ -145,7 +145,8 @@ def entry_factors(
     target_id = int(index.task_targets(task)[entry])
     target = index.table("TARG")[target_id]
     rank = int(form["rank"])
-    frame, shared = None, [None] * 4
+    frame = None
+    shared: list[Float32 | None] = [None] * 4
     if form["cluster"]:
         frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
         shared = frame_arrays(index, frame)
