@@ -17,7 +17,7 @@ from rmmformat._native import Entry as NativeEntry
 from rmmformat.arena import ArenaPool
 from rmmformat.errors import NotFoundError, RmmError, ShapeError
 from rmmformat.format import layout
-from rmmformat.format.reader import Index, nearest, read_index
+from rmmformat.format.reader import Index, nearest, read_index, while_growing
 from rmmformat.format.validate import Report, parse_metadata, validate_bytes
 from rmmformat.model import (
     Array,
@@ -73,7 +73,8 @@ class Collection:
     """An open file.  Use :func:`rmmformat.open`.
 
     Reading is thread-safe, and several processes that open one file share its pages.  Views that
-    were handed out stay valid after :meth:`close`.
+    were handed out stay valid after :meth:`close`.  When the file grows, a collection that is open
+    stays as it was.
 
     Attributes
     ----------
@@ -81,9 +82,10 @@ class Collection:
         The file, or the empty string for bytes in memory.
     """
 
-    def __init__(self, native: File, path: str) -> None:
+    def __init__(self, native: File, path: str, header: bytes | None = None) -> None:
         self._native = native
         self._pool = ArenaPool()
+        self._header = header
         self.path = path
 
     def __enter__(self) -> Collection:
@@ -120,7 +122,7 @@ class Collection:
     @cached_property
     def index(self) -> Index:
         """The tables of the file, as the Python reader has them."""
-        return read_index(self._live.buffer, self.path or None)
+        return read_index(self._live.buffer, self.path or None, self._header)
 
     @property
     def buffer(self) -> memoryview:
@@ -259,7 +261,7 @@ class Collection:
 
     def validate(self) -> Report:
         """Check every rule of the specification over every byte."""
-        return validate_bytes(self.buffer)
+        return validate_bytes(self.buffer, header=self._header)
 
     def _task(self, name: str) -> int:
         try:
@@ -357,13 +359,18 @@ class StoredTask:
         return privates[name].copy()
 
 
-def open_collection(source: str | os.PathLike[str] | bytes | memoryview) -> Collection:
+def open_collection(
+    source: str | os.PathLike[str] | bytes | memoryview, *, copy: bool = False
+) -> Collection:
     """Open an ``.rmm`` file: header and index are read and checked, payload is only mapped.
 
     Parameters
     ----------
     source
         A path, or the bytes of a file (used in place, not copied).
+    copy
+        Read the file into memory instead of mapping it: for files that someone may cut short or
+        overwrite while they are open, which a mapping cannot survive.
 
     Raises
     ------
@@ -380,9 +387,27 @@ def open_collection(source: str | os.PathLike[str] | bytes | memoryview) -> Coll
     ...     task = collection.load("sst2")
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return Collection(File.from_buffer(source), "")
+        return Collection(File.from_buffer(bytes(source) if copy else source), "")
     path = os.fspath(source)
-    return Collection(File.open(path), path)
+    return while_growing(path, lambda: _read(path) if copy else _map(path))
+
+
+def _read(path: str) -> Collection:
+    # Header first: a change that comes in between only adds to what it describes.
+    with open(path, "rb") as file:
+        header = file.read(layout.HEADER_LENGTH)
+        return Collection(File.from_buffer(header + file.read()), path)
+
+
+def _map(path: str) -> Collection:
+    while True:
+        with open(path, "rb") as file:
+            header = file.read(layout.HEADER_LENGTH)
+        native = File.open(path)
+        # The mapping shows what writers do to the header; what the native reader has seen is kept.
+        if bytes(native.buffer[: layout.HEADER_LENGTH]) == header:
+            return Collection(native, path, header)
+        native.close()
 
 
 def _factor_code(dtype: Any) -> int:

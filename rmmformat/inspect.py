@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from rmmformat.collection import Collection
-from rmmformat.errors import NotFoundError
+from rmmformat.errors import FormatError, NotFoundError, UnsupportedError
 from rmmformat.format import layout
 from rmmformat.format.encodings import ENCODINGS
-from rmmformat.format.reader import Index, nearest
+from rmmformat.format.reader import Index, nearest, raise_violation, while_growing
 from rmmformat.format.validate import Report, validate_bytes
 from rmmformat.merge.error import relative_error, summarize
 from rmmformat.model import SourceTask, TargetKind
@@ -263,13 +263,46 @@ def _describe(index: Index, layout_id: int) -> str:
 def validate_path(
     path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
 ) -> Report:
-    """Validate a file; it is mapped, not read whole."""
+    """Validate a file; it is mapped, not read whole.
+
+    Parameters
+    ----------
+    path
+        The file.
+    progress
+        Called with bytes checked and bytes in all.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    report: Report | None = None
+
+    def attempt() -> Report:
+        nonlocal report
+        report = _validate_mapped(path, progress)
+        if not report.ok:
+            raise_violation(report.violations[0])
+        return report
+
+    try:
+        return while_growing(path, attempt)
+    except (FormatError, UnsupportedError):
+        assert report is not None  # raised for what it lists  # noqa: S101
+        return report
+
+
+def _validate_mapped(
+    path: str | os.PathLike[str], progress: Callable[[int, int], None] | None
+) -> Report:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return validate_bytes(b"")
         # Not closed here: a report may still be under construction over views of it; it goes with
         # the last of them.
-        return validate_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), progress)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return validate_bytes(data, progress, size=lambda: os.fstat(file.fileno()).st_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The logical content of an index, and its bytes.
 
 A :class:`Catalog` is what a writer has once every extent has its place: :func:`encode_index` gives
-the bytes of the index (specification, section 6).  The same catalog gives the same bytes, whatever
-the order in which tasks and targets were added.
+the bytes of the index (specification, section 6), :func:`decode_catalog` reads them back.  The same
+catalog gives the same bytes, whatever the order in which tasks and targets were added.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rmmformat.format import layout
-from rmmformat.model import Role, TargetShape
+from rmmformat.format.reader import Index
+from rmmformat.model import TargetKind, TargetShape
 
 __all__ = [
     "Blob",
@@ -133,9 +134,12 @@ class Blob:
 
 @dataclasses.dataclass(frozen=True)
 class Private:
-    """A private tensor; `blob` indexes :attr:`Catalog.blobs`."""
+    """A private tensor; `blob` indexes :attr:`Catalog.blobs`.
 
-    role: Role
+    The role is a number, so that one that this version does not know survives a change of the file.
+    """
+
+    role: int
     dtype: int
     shape: tuple[int, ...]
     blob: int
@@ -329,3 +333,62 @@ def _tables(catalog: Catalog) -> dict[str, npt.NDArray[np.void]]:
         "erro": _table("erro", errors if measured else ()),
         "free": _table("free", ((e.offset, e.length, e.crc, 0) for e in catalog.free)),
     }
+
+
+def decode_catalog(index: Index, metadata: Mapping[str, Any] | None) -> Catalog:
+    """Read the logical content of an index whose rules have been checked.
+
+    Parameters
+    ----------
+    index
+        As :func:`~rmmformat.format.reader.read_index` gives it.
+    metadata
+        The metadata object, parsed; None where the file has none.
+    """
+    keys = [_target_key(index, record) for record in index.table("TARG")]
+    layouts = [tuple(index.layout_runs(i)) for i in range(len(index.table("LAYO")))]
+
+    def at(number: int) -> Layout | None:
+        return None if number == layout.NONE else layouts[number]
+
+    def part(record: Any) -> Part | None:
+        group, n_components, rank, mean, basis, flags, _ = record
+        return Part(group, n_components, rank, at(mean), at(basis), bool(flags)) if rank else None
+
+    frames: dict[TargetKey, list[Frame]] = {}
+    for offset, length, target, crc, a, b in index.table("FRAM").tolist():
+        frame = Frame(Extent(offset, length, crc), part(a), part(b))
+        frames.setdefault(keys[target], []).append(frame)
+    forms = [
+        Form(scale, rank, cluster, at(ca), at(ra), at(cb), at(rb), dtype_a, dtype_b)
+        for scale, rank, cluster, ca, ra, cb, rb, dtype_a, dtype_b, _ in index.table("FORM").tolist()
+    ]
+    entries, privates = index.table("ENTR").tolist(), index.table("PRIV").tolist()
+    errors = index.table("erro")["error"].tolist() or [float("nan")] * len(entries)
+    dims = index.table("DIMS")["dim"].tolist()
+    blobs = [Blob(offset, length, crc) for offset, length, crc, _ in index.table("BLOB").tolist()]
+    free = [Extent(offset, length, crc) for offset, length, crc, _ in index.table("free").tolist()]
+    tasks: dict[str, Task] = {}
+    for number, record in enumerate(index.table("TASK").tolist()):
+        offset, length, first, _, _, first_private, n_privates, name, _ = record
+        task = tasks[index.strings[name]] = Task(offset, length, {}, {})
+        for i, target in enumerate(index.task_targets(number).tolist(), first):
+            size, form, crc = entries[i]
+            task.entries[keys[target]] = Entry(forms[form], size, crc, errors[i])
+        for i in range(first_private, first_private + n_privates):
+            name, blob, dtype, n_dims, role, _, _, dim = privates[i]
+            shape = tuple(dims[dim : dim + n_dims])
+            task.privates[index.strings[name]] = Private(role, dtype, shape, blob)
+    return Catalog(tasks, frames, blobs, free, metadata)
+
+
+def _target_key(index: Index, record: Any) -> TargetKey:
+    kernel = tuple(int(size) for size in record["kernel"] if size)
+    shape = TargetShape(
+        int(record["n_in"]),
+        int(record["n_out"]),
+        TargetKind(int(record["kind"])),
+        bool(record["flags"] & 1),
+        kernel,
+    )
+    return TargetKey(index.strings[record["name"]], shape)

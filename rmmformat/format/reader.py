@@ -7,10 +7,11 @@ first broken rule; :mod:`rmmformat.format.validate` collects them all from the s
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,11 @@ from rmmformat.errors import (
 )
 from rmmformat.format import layout
 
-__all__ = ["Index", "Section", "Slot", "Violation", "nearest", "raise_violation", "read_index"]
+__all__ = ["Index", "Section", "Slot", "Violation", "nearest", "raise_violation", "read_index",
+           "while_growing"]  # fmt: skip
 
 Table = npt.NDArray[np.void]
+T = TypeVar("T")
 
 _UNSUPPORTED = {2, 3, 23, 88}
 _CHECKSUMS = {4, 10, 12, 20, 25, 80, 81, 82, 83}
@@ -106,6 +109,9 @@ class Index:
     ----------
     data
         The bytes of the whole file.
+    header
+        The first 640 of them, or those given: a copy, so that an index stays that of one
+        collection while a file that is mapped grows.
     minor
         Minor version.
     slots, active
@@ -116,8 +122,9 @@ class Index:
         Names by string id.
     """
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, header: bytes | None = None) -> None:
         self.data = data
+        self.header = bytes(data[: layout.HEADER_LENGTH]) if header is None else header
         self.minor = 0
         self.slots: list[Slot] = []
         self.active: Any = None
@@ -240,7 +247,7 @@ def nearest(name: str, names: tuple[str, ...]) -> str:
     return f"There is {', '.join(close)}" + (f" ({len(names)} in all)." if len(names) > 5 else ".")
 
 
-def read_index(data: Any, path: str | None = None) -> Index:
+def read_index(data: Any, path: str | None = None, header: bytes | None = None) -> Index:
     """Read and check header and index (the rules marked "open").
 
     Parameters
@@ -249,6 +256,8 @@ def read_index(data: Any, path: str | None = None) -> Index:
         The whole file: bytes, memoryview, mmap.
     path
         For messages.
+    header
+        Preamble and slots, where they are not to be taken from `data`.
 
     Raises
     ------
@@ -257,12 +266,46 @@ def read_index(data: Any, path: str | None = None) -> Index:
     """
     from rmmformat.format.rules import OPEN_STAGES
 
-    index = Index(memoryview(data).cast("B"))
+    index = Index(memoryview(data).cast("B"), header)
     for stage in OPEN_STAGES:
         for violation in stage(index):
             if violation.rule not in VALIDATE_ONLY:
                 raise_violation(violation, path)
     return index
+
+
+#: Rules that a reader can see broken for a moment while a writer is at work: it measured the file
+#: before, and read the slots after, a change; or each slot while that one was being written.
+_PASSING = frozenset({"RMM-010", "RMM-013", "RMM-014"})
+
+
+def while_growing(path: str | os.PathLike[str], attempt: Callable[[], T]) -> T:
+    """Do what reads a file again for as long as a writer's change came in between.
+
+    Parameters
+    ----------
+    path
+        The file.
+    attempt
+        Reads it from the start.
+
+    Raises
+    ------
+    FormatError
+        The file is broken, and nobody is changing it.
+    """
+    seen = None
+    while True:
+        try:
+            return attempt()
+        except FormatError as error:
+            if error.rule not in _PASSING:
+                raise
+            with open(path, "rb") as file:
+                now = (os.fstat(file.fileno()).st_size, file.read(layout.HEADER_LENGTH))
+            if now == seen:
+                raise
+            seen = now
 
 
 #: Rules that the stages of opening find on their way but that do not stop a reader.

@@ -27,7 +27,7 @@ _FACTORS = (("a", "n_in"), ("b", "n_out"))
 
 def header(index: Index) -> Broken:
     """Preamble and slots (section 5)."""
-    data = index.data
+    data = memoryview(index.header)
     if len(data) < layout.HEADER_LENGTH:
         start = bytes(data[: len(layout.SIGNATURE)])
         if start != layout.SIGNATURE:
@@ -59,16 +59,16 @@ def header(index: Index) -> Broken:
 
 def slots(index: Index) -> Broken:
     """The two slots and what the active one says."""
-    data = index.data
+    data, header = index.data, memoryview(index.header)
     parity_broken = None
     for number, offset in enumerate(layout.SLOT_OFFSETS):
-        raw = data[offset : offset + layout.SLOT.itemsize]
+        raw = header[offset : offset + layout.SLOT.itemsize]
         record = np.frombuffer(raw, layout.SLOT)[0]
         sequence = int(record["sequence"])
         state = "valid"
         if not any(raw):
             state = "empty"
-        elif check_sum(data, offset, 124, int(record["crc"])) is not None:
+        elif check_sum(header, offset, 124, int(record["crc"])) is not None:
             state = "damaged"
         elif sequence == 0 or sequence % 2 != 1 - number:
             state = "damaged"

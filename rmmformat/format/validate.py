@@ -51,7 +51,13 @@ class Report:
         )
 
 
-def validate_bytes(data: Any, progress: Callable[[int, int], None] | None = None) -> Report:
+def validate_bytes(
+    data: Any,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    header: bytes | None = None,
+    size: Callable[[], int] | None = None,
+) -> Report:
     """Validate a whole file.
 
     Parameters
@@ -60,12 +66,17 @@ def validate_bytes(data: Any, progress: Callable[[int, int], None] | None = None
         The file: bytes, memoryview or mmap.
     progress
         Called with bytes checked and bytes in all.
+    header
+        Preamble and slots, where they are not to be taken from `data`.
+    size
+        Bytes that the file has at this moment, where it can be cut short meanwhile: asked before
+        each array is touched.
 
     Notes
     -----
     Rules build on one another: when the index is broken, what it points to is not checked.
     """
-    index = Index(memoryview(data).cast("B"))
+    index = Index(memoryview(data).cast("B"), header)
     found: list[Violation] = []
     for stage in OPEN_STAGES:
         now = list(stage(index))
@@ -74,7 +85,15 @@ def validate_bytes(data: Any, progress: Callable[[int, int], None] | None = None
             return Report(tuple(found))
     n_checked = 0
     total = index.file_length
-    for violation, position in _payload(index):
+    payload = _payload(index)
+    while True:
+        if size is not None and (now_size := size()) < total:
+            message = f"the file was cut short to {now_size} bytes while it was read"
+            return Report((*found, Violation(13, now_size, message)), (), n_checked)
+        step = next(payload, None)
+        if step is None:
+            break
+        violation, position = step
         n_checked += 1
         if violation is not None:
             found.append(violation)
