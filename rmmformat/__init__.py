@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from rmmformat.coding import Align
+    from rmmformat.grow import AddReport, CompactReport, RemoveReport
     from rmmformat.merge.rmm import Grouping
     from rmmformat.pipeline import ConvertReport, Progress
 
@@ -35,8 +36,11 @@ __all__ = [
     "RmmError",
     "SourceTask",
     "__version__",
+    "add",
+    "compact",
     "convert",
     "open",
+    "remove",
     "validate",
 ]
 
@@ -130,6 +134,104 @@ def convert(
         executor=executor,
         progress=progress,
     )
+
+
+def add(
+    path: _Path,
+    sources: _Path | Iterable[_Path] | Mapping[str, _Path],
+    *,
+    replace: bool = False,
+    max_error: float | str | None = None,
+    size: float | str | None = None,
+    exact: bool = False,
+    encoding: str | None = None,
+    kind: str | None = None,
+    allow_pickle: bool = True,
+    allow_nonfinite: bool = False,
+    allow_base_mismatch: bool = False,
+    wait: float = 30.0,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> AddReport:
+    """Add tasks to a file in place; at every instant it is valid and has all of them or none.
+
+    Parameters
+    ----------
+    path
+        The file.  Tasks that it has keep every byte; whoever has it open keeps what it was.
+    sources
+        As for :func:`convert`.
+    replace
+        Put a task in the place of one of its name; otherwise such are refused.
+    max_error, size, exact, encoding
+        How the new tasks are kept, as for :func:`convert`.  By default as the file says of itself;
+        in a collection of `components` that is coefficients on the basis that is there.
+    kind, allow_pickle, allow_nonfinite, allow_base_mismatch, executor, progress
+        As for :func:`convert`.
+    wait
+        Seconds to wait for another writer.
+
+    Returns
+    -------
+    AddReport
+        The measured error of every new task, and the file's length before and after.
+
+    Raises
+    ------
+    LossyConversionError
+        A task of that name is there already.
+    SourceError, UnsupportedError, OptionError, RmmError, OSError
+        Each says what, where and what to do; the file is as it was.
+    """
+    from rmmformat.converters.base import Options
+    from rmmformat.grow import add as run
+    from rmmformat.methods import choose_method
+
+    method = None
+    if exact or any(option is not None for option in (max_error, size, encoding)):
+        method = choose_method(max_error=max_error, size=size, exact=exact, encoding=encoding)
+    return run(
+        path,
+        sources,
+        method,
+        replace=replace,
+        kind=kind,
+        options=Options(allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite),
+        allow_base_mismatch=allow_base_mismatch,
+        wait=wait,
+        executor=executor,
+        progress=progress,
+    )
+
+
+def remove(path: _Path, tasks: str | Iterable[str], *, wait: float = 30.0) -> RemoveReport:
+    """Leave tasks out of a file in place: all of them, or none if something fails.
+
+    Their bytes stay, unused, until :func:`compact`.
+
+    Raises
+    ------
+    NotFoundError
+        No such task; the hint names the nearest.
+    RmmError, OSError
+        The file is as it was.
+    """
+    from rmmformat.grow import remove as run
+
+    return run(path, [tasks] if isinstance(tasks, str) else tasks, wait=wait)
+
+
+def compact(path: _Path, *, wait: float = 30.0) -> CompactReport:
+    """Write a file anew without what nothing uses, and put it in the old one's place at once.
+
+    Raises
+    ------
+    RmmError, OSError
+        The file is as it was.
+    """
+    from rmmformat.grow import compact as run
+
+    return run(path, wait=wait)
 
 
 def validate(path: _Path) -> Report:

@@ -15,17 +15,16 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from rmmformat._version import __version__
 from rmmformat.coding import CodedTarget, Method, code_target
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.registry import collect
 from rmmformat.errors import RmmError
+from rmmformat.format.assembly import Assembly
 from rmmformat.format.catalog import TargetKey
 from rmmformat.format.writer import Writer
 from rmmformat.merge.error import summarize
 from rmmformat.model import Factors, LedgerLine, SourceTask
+from rmmformat.provenance import described_anew
 
 __all__ = [
     "CollectionTargets",
@@ -196,34 +195,21 @@ def convert(
         As the sources, the container and the method have it; nothing is left behind.
     """
     tasks = open_tasks(sources, kind, options)
-    base = _first_base(tasks) if allow_base_mismatch else check_base(tasks)
+    base = first_base(tasks) if allow_base_mismatch else check_base(tasks)
     by_target = group_targets(tasks)
     errors: dict[str, dict[str, float]] = {task.name: {} for task in tasks}
     with Writer(path, overwrite=overwrite) as writer:
         for task in tasks:
             writer.add_task(task.name)
-        coded_targets = _coded(method, by_target, executor, progress)
-        for done, (key, coded) in enumerate(coded_targets, 1):
-            members = by_target[key]
-            clusters = [writer.add_frame(key, a, b) for a, b in coded.frames]
-            for task, entry in zip(members, coded.entries, strict=True):
-                if entry.cluster:
-                    entry = dataclasses.replace(entry, cluster=clusters[entry.cluster - 1])
-                writer.add_entry(task.name, key, entry)
-                errors[task.name][key.name] = entry.error
-            if progress is not None:
-                progress("targets", done, len(by_target))
-        for done, task in enumerate(tasks, 1):
-            for name, info in task.privates.items():
-                writer.add_private(task.name, name, info, task.private_tensor(name))
-            if progress is not None:
-                progress("private tensors", done, len(tasks))
-        metadata = _metadata(tasks, base, method, errors)
+        coded = code_targets(method, by_target, executor, progress)
+        put_targets(writer, by_target, coded, errors, progress)
+        put_privates(writer, tasks, progress)
+        metadata = described_anew(tasks, base, method.describe(), errors)
         file_bytes = writer.finish(metadata)
         factor_bytes, private_bytes = writer.factor_bytes, writer.private_bytes
     every = [error for of_task in errors.values() for error in of_task.values()]
     summary = summarize(every or [0.0])
-    reports = tuple(_task_report(task, errors[task.name]) for task in tasks)
+    reports = tuple(report_task(task, errors[task.name]) for task in tasks)
     return ConvertReport(
         os.fspath(path),
         tuple(sorted(reports, key=lambda report: report.name.encode())),
@@ -238,6 +224,37 @@ def convert(
     )
 
 
+def put_targets(
+    assembly: Assembly,
+    by_target: Mapping[TargetKey, list[SourceTask]],
+    coded_targets: Iterable[tuple[TargetKey, CodedTarget]],
+    errors: Mapping[str, dict[str, float]],
+    progress: Progress | None = None,
+) -> None:
+    """Add coded targets to what is to be written, and note their errors by task and target."""
+    for done, (key, coded) in enumerate(coded_targets, 1):
+        clusters = [assembly.add_frame(key, a, b) for a, b in coded.frames]
+        for task, entry in zip(by_target[key], coded.entries, strict=True):
+            if entry.cluster > coded.known_frames:
+                number = clusters[entry.cluster - coded.known_frames - 1]
+                entry = dataclasses.replace(entry, cluster=number)
+            assembly.add_entry(task.name, key, entry)
+            errors[task.name][key.name] = entry.error
+        if progress is not None:
+            progress("targets", done, len(by_target))
+
+
+def put_privates(
+    assembly: Assembly, tasks: Sequence[SourceTask], progress: Progress | None = None
+) -> None:
+    """Add the private tensors of tasks to what is to be written."""
+    for done, task in enumerate(tasks, 1):
+        for name, info in task.privates.items():
+            assembly.add_private(task.name, name, info, task.private_tensor(name))
+        if progress is not None:
+            progress("private tensors", done, len(tasks))
+
+
 def open_tasks(sources: Any, kind: str | None, options: Options) -> list[SourceTask]:
     """Open sources as :func:`open_sources` does; take tasks that are open already as they are."""
     if isinstance(sources, Sequence) and sources and hasattr(sources[0], "factors"):
@@ -245,7 +262,8 @@ def open_tasks(sources: Any, kind: str | None, options: Options) -> list[SourceT
     return open_sources(sources, kind=kind, options=options)
 
 
-def _first_base(tasks: Sequence[SourceTask]) -> str:
+def first_base(tasks: Sequence[SourceTask]) -> str:
+    """Id of the base model that the first task names, or the empty string."""
     return next((task.base_model for task in tasks if task.base_model), "")
 
 
@@ -258,7 +276,7 @@ def group_targets(tasks: Sequence[SourceTask]) -> dict[TargetKey, list[SourceTas
     return dict(sorted(grouped.items(), key=lambda item: item[0].sort_key()))
 
 
-def _coded(
+def code_targets(
     method: Method,
     by_target: Mapping[TargetKey, list[SourceTask]],
     executor: Executor | None,
@@ -266,7 +284,7 @@ def _coded(
 ) -> Iterator[tuple[TargetKey, CodedTarget]]:
     """Code every target as the method has it, in any order."""
     job = method.prepare(CollectionTargets(by_target, executor, progress))
-    return _mapped(lambda key: functools.partial(code_target, job(key)), by_target, executor)
+    return map_targets(lambda key: functools.partial(code_target, job(key)), by_target, executor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,14 +311,14 @@ class CollectionTargets:
 
     def map(self, function: Callable[[Sequence[Factors]], Any]) -> Iterator[tuple[Hashable, Any]]:
         """Apply a pure function to every target's factors; results come in any order."""
-        results = _mapped(lambda _key: function, self.by_target, self.executor)
+        results = map_targets(lambda _key: function, self.by_target, self.executor)
         for done, (key, result) in enumerate(results, 1):
             yield key, result
             if self.progress is not None:
                 self.progress("survey", done, len(self.by_target))
 
 
-def _mapped(
+def map_targets(
     function_of: Callable[[TargetKey], Callable[[Sequence[Factors]], T]],
     by_target: Mapping[TargetKey, list[SourceTask]],
     executor: Executor | None,
@@ -330,45 +348,8 @@ def _mapped(
             future.cancel()
 
 
-def _metadata(
-    tasks: Sequence[SourceTask],
-    base: str,
-    method: Method,
-    errors: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
-    configs = sorted({task.config_text for task in tasks if task.config_text})
-    described = {}
-    for task in tasks:
-        entry: dict[str, Any] = {
-            "factor_bytes": sum(info.n_bytes for info in task.targets.values()),
-            "files": [dataclasses.asdict(file) for file in task.files],
-        }
-        if task.config_text:
-            entry["config"] = configs.index(task.config_text)
-        measured = [error for error in errors[task.name].values() if np.isfinite(error)]
-        if measured:
-            summary = summarize(measured)
-            entry["error"] = {
-                "mean": _short(summary.mean),
-                "median": _short(summary.median),
-                "max": _short(summary.max),
-            }
-        described[task.name] = entry
-    return {
-        "producer": f"rmmformat {__version__}",
-        "base_model": {"id": base} if base else {},
-        "method": method.describe(),
-        "configs": configs,
-        "tasks": described,
-    }
-
-
-def _short(value: float) -> float:
-    """Six digits: what comes behind them is noise that would not deflate."""
-    return float(f"{value:.6g}")
-
-
-def _task_report(task: SourceTask, errors: Mapping[str, float]) -> TaskReport:
+def report_task(task: SourceTask, errors: Mapping[str, float]) -> TaskReport:
+    """Give figures of one task from the error of each of its targets."""
     summary = summarize(errors.values()) if errors else None
     worst = max(errors, key=lambda name: errors[name]) if errors else ""
     return TaskReport(

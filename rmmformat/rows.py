@@ -40,10 +40,13 @@ class CodedTarget:
         Shared parts, cluster 1 first: one part for A and one for B, or None.
     entries
         For each task, in the order given; `error` is measured on the decoded bytes.
+    known_frames
+        Frames that the file has of this target already: cluster numbers count them first.
     """
 
     frames: tuple[tuple[FramePart | None, FramePart | None], ...]
     entries: tuple[EntryData, ...]
+    known_frames: int = 0
 
 
 def encode_rows(rows: Float32, code: int) -> tuple[EncodedArray, Float32]:

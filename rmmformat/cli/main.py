@@ -11,7 +11,7 @@ from rmmformat._version import __version__
 __all__ = ["main"]
 
 #: Verb to the module that has it as ``command``, in the order of the help text.
-VERBS = ("plan", "convert", "info", "validate", "export", "compare", "dump", "formats")
+VERBS = ("plan", "convert", "info", "validate", "export", "add", "remove", "compact", "compare", "dump", "formats")
 
 
 class _Verbs(click.Group):

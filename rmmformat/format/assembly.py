@@ -343,16 +343,12 @@ def _used(tasks: Mapping[str, Task]) -> set[tuple[TargetKey, int]]:
     return {(key, e.form.cluster) for task in tasks.values() for key, e in task.entries.items()}
 
 
-def _renumbered(
-    form: Form, key: TargetKey, numbers: Mapping[tuple[TargetKey, int], int]
-) -> Form:
+def _renumbered(form: Form, key: TargetKey, numbers: Mapping[tuple[TargetKey, int], int]) -> Form:
     cluster = numbers[key, form.cluster] if form.cluster else 0
     return form if cluster == form.cluster else dataclasses.replace(form, cluster=cluster)
 
 
-def _intern(
-    key: Any, make: Callable[[Any], Blob], blobs: list[Blob], ids: dict[Any, int]
-) -> int:
+def _intern(key: Any, make: Callable[[Any], Blob], blobs: list[Blob], ids: dict[Any, int]) -> int:
     if key not in ids:
         ids[key] = len(blobs)
         blobs.append(make(key))

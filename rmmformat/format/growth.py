@@ -314,7 +314,7 @@ def _whole_catalog(index: Index, path: str) -> Catalog:
             path=path,
             hint="Use a newer rmmformat.",
         )
-    unknown = [name for name, section in index.sections.items() if section.table is None]
+    unknown = [name for name in index.sections if name not in layout.RECORDS]
     if unknown:
         raise LossyConversionError(
             f"section {unknown[0]} is not known here, and would be lost",
