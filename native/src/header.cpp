@@ -1,5 +1,7 @@
 // Preamble and slots (section 5).
 
+#include <algorithm>
+
 #include "crc32c.hpp"
 #include "index.hpp"
 
@@ -25,7 +27,8 @@ bool is_damaged(SlotState state) {
 }
 
 bool read_preamble(Index& index, Report& report) {
-    const uint8_t* data = index.data;
+    if (index.size > 0) std::memcpy(index.head, index.data, std::min<uint64_t>(index.size, HEADER_BYTES));
+    const uint8_t* data = index.head;
     if (index.size < sizeof SIGNATURE || std::memcmp(data, SIGNATURE, sizeof SIGNATURE) != 0) {
         std::string got;
         for (uint64_t i = 0; i < sizeof SIGNATURE && i < index.size; ++i) {
@@ -72,7 +75,7 @@ bool read_header(Index& index, Report& report) {
 
     SlotState states[2];
     for (int i = 0; i < 2; ++i) {
-        const uint8_t* slot = index.data + SLOT_OFFSETS[i];
+        const uint8_t* slot = index.head + SLOT_OFFSETS[i];
         states[i] = slot_state(slot, i);
         if (states[i] == SlotState::VALID && u64(slot) > header.sequence) {
             header.active = i;
@@ -84,7 +87,7 @@ bool read_header(Index& index, Report& report) {
         for (int i = 0; i < 2; ++i) {
             if (states[i] == SlotState::DAMAGED_SEQUENCE) {
                 report.broken(11, SLOT_OFFSETS[i], "sequence %llu does not belong in slot %d, no slot is valid",
-                              ull(u64(index.data + SLOT_OFFSETS[i])), i);
+                              ull(u64(index.head + SLOT_OFFSETS[i])), i);
                 return false;
             }
         }
@@ -96,7 +99,7 @@ bool read_header(Index& index, Report& report) {
     header.damaged = is_damaged(states[1 - header.active]);
     header.at = SLOT_OFFSETS[header.active];
 
-    const uint8_t* slot = index.data + header.at;
+    const uint8_t* slot = index.head + header.at;
     header.file_length = u64(slot + 8);
     header.growth_limit = u64(slot + 16);
     header.index_offset = u64(slot + 24);
@@ -144,7 +147,7 @@ bool read_header(Index& index, Report& report) {
 void check_slots(const Index& index, Report& report) {
     if (index.size < HEADER_BYTES) return;
     for (int i = 0; i < 2; ++i) {
-        const uint8_t* slot = index.data + SLOT_OFFSETS[i];
+        const uint8_t* slot = index.head + SLOT_OFFSETS[i];
         SlotState state = slot_state(slot, i);
         if (state == SlotState::DAMAGED_SEQUENCE && index.header.active >= 0) {
             report.broken(11, SLOT_OFFSETS[i], "sequence %llu does not belong in slot %d",

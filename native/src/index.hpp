@@ -155,6 +155,9 @@ struct Header {
 struct Index {
     const uint8_t* data = nullptr;
     uint64_t size = 0;
+    // A copy of preamble and slots: a writer may be changing those that are mapped, between the check
+    // of a checksum and the use of what it covers.
+    uint8_t head[HEADER_BYTES] = {};
     Header header;
     Table tables[N_TABLES];
 

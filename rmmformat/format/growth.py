@@ -301,9 +301,11 @@ def compact_file(
 
 
 def _mapped(file: LockedFile) -> bytes | mmap.mmap:
-    if file.size == 0:
-        return b""
-    return mmap.mmap(file.handle, 0, access=mmap.ACCESS_READ)
+    # Of a descriptor of its own: a mapping keeps one, and with the file's the lock would be kept.
+    with open(file.path, "rb") as again:
+        if os.fstat(again.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(again.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _whole_catalog(index: Index, path: str) -> Catalog:

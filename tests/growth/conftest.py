@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import rmmformat as rmm
 from rmmformat import _native
@@ -23,6 +26,14 @@ from rmmformat.rows import dtype_codes, exact_rows
 from rmmformat.format.parts import EntryData
 
 from ..product.conftest import MemoryTask, make_tasks
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where that is possible: these tests sync thousands of times."""
+    shared = Path("/dev/shm")  # noqa: S108
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+        yield Path(folder)
+
 
 PUBLISHED = choose_method(components=1)
 Content = dict[str, str]
