@@ -371,13 +371,13 @@ def _check_expansion(catalog: Catalog, file_length: int) -> None:
         contents = sum(catalog.blobs[private.blob].length for private in task.privates.values())
         for what, amount, limit, rule in (
             ("values", values, layout.VALUES_PER_BYTE, "RMM-062"),
-            ("products and sums", work, layout.WORK_PER_BYTE, "RMM-063"),
-            ("bytes of private tensors", contents, layout.PRIVATE_PER_BYTE, "RMM-064"),
+            ("products and sums to take", work, layout.TERMS_PER_BYTE, "RMM-063"),
+            ("bytes of private tensors", contents, layout.PRIVATE_BYTES_PER_BYTE, "RMM-064"),
         ):
             if amount > limit * file_length:
                 raise UnsupportedError(
                     f"task {name} would have {amount} {what} in a file of {file_length} bytes, "
                     f"the format allows {limit} a byte",
                     rule=rule,
-                    hint="A delta that is all zero is better left out of the collection.",
+                    hint="What is all zero or repeated is better left out of the collection.",
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 from rmmformat.errors import ShapeError, UnsupportedError
 from rmmformat.format import layout
@@ -14,7 +15,10 @@ __all__ = ["EncodedArray", "EntryData", "FramePart", "catalog_part", "check_name
 
 @dataclasses.dataclass(frozen=True)
 class EncodedArray:
-    """Rows as bytes: pairs of encoding and number of rows, and the bytes of each such run."""
+    """Rows as bytes: pairs of encoding and number of rows, and the bytes of each such run.
+
+    Successive runs of one fixed-size encoding become one (RMM-041).
+    """
 
     layout: Layout
     runs: tuple[bytes, ...]
@@ -22,6 +26,19 @@ class EncodedArray:
     def __post_init__(self) -> None:
         if not self.layout or len(self.layout) != len(self.runs):
             raise ShapeError(f"{len(self.runs)} runs of bytes for {len(self.layout)} in the layout")
+        if all(a[0] != b[0] for a, b in pairwise(self.layout)):
+            return
+        merged: list[tuple[int, int]] = []
+        raws: list[list[bytes]] = []
+        for (code, count), raw in zip(self.layout, self.runs, strict=True):
+            if merged and merged[-1][0] == code and ENCODINGS[code].row_bytes is not None:
+                merged[-1] = (code, merged[-1][1] + count)
+                raws[-1].append(raw)
+            else:
+                merged.append((code, count))
+                raws.append([raw])
+        object.__setattr__(self, "layout", tuple(merged))
+        object.__setattr__(self, "runs", tuple(b"".join(parts) for parts in raws))
 
 
 @dataclasses.dataclass(frozen=True)
