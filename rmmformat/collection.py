@@ -6,14 +6,15 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rmmformat._native import File
 from rmmformat._native import Entry as NativeEntry
+from rmmformat._native import File
 from rmmformat.arena import ArenaPool
 from rmmformat.errors import NotFoundError, RmmError, ShapeError
 from rmmformat.format import layout
@@ -394,14 +395,14 @@ def open_collection(
 
 def _read(path: str) -> Collection:
     # Header first: a change that comes in between only adds to what it describes.
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         header = file.read(layout.HEADER_LENGTH)
         return Collection(File.from_buffer(header + file.read()), path)
 
 
 def _map(path: str) -> Collection:
     while True:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             header = file.read(layout.HEADER_LENGTH)
         native = File.open(path)
         # The mapping shows what writers do to the header; what the native reader has seen is kept.

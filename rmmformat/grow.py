@@ -249,7 +249,7 @@ def compact(
     wait: float = DEFAULT_WAIT,
     notice: Notice | None = None,
 ) -> CompactReport:
-    """Write a file anew without what nothing uses; see :func:`~rmmformat.format.growth.compact_file`.
+    """Write a file anew without what nothing uses, and put it in the old one's place.
 
     Whoever has the file open keeps the old one.
     """

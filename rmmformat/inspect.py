@@ -9,6 +9,7 @@ import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -296,7 +297,7 @@ def validate_path(
 def _validate_mapped(
     path: str | os.PathLike[str], progress: Callable[[int, int], None] | None
 ) -> Report:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return validate_bytes(b"")
         # Not closed here: a report may still be under construction over views of it; it goes with

@@ -328,7 +328,7 @@ class Assembly:
 
 
 def extents_of(catalog: Catalog) -> list[Extent]:
-    """Extents of tasks, frames and blobs that have any bytes; checksums only where there are some."""
+    """Extents of tasks, frames and blobs that have any bytes; the tasks' without a checksum."""
     frames = [frame.extent for group in catalog.frames.values() for frame in group]
     tasks = [Extent(task.offset, task.length, 0) for task in catalog.tasks.values()]
     blobs = [Extent(blob.offset, blob.length, blob.crc) for blob in catalog.blobs]

@@ -360,8 +360,8 @@ def decode_catalog(index: Index, metadata: Mapping[str, Any] | None) -> Catalog:
         frame = Frame(Extent(offset, length, crc), part(a), part(b))
         frames.setdefault(keys[target], []).append(frame)
     forms = [
-        Form(scale, rank, cluster, at(ca), at(ra), at(cb), at(rb), dtype_a, dtype_b)
-        for scale, rank, cluster, ca, ra, cb, rb, dtype_a, dtype_b, _ in index.table("FORM").tolist()
+        Form(scale, rank, cluster, at(ca), at(ra), at(cb), at(rb), *dtypes)
+        for scale, rank, cluster, ca, ra, cb, rb, *dtypes, _ in index.table("FORM").tolist()
     ]
     entries, privates = index.table("ENTR").tolist(), index.table("PRIV").tolist()
     errors = index.table("erro")["error"].tolist() or [float("nan")] * len(entries)

@@ -56,7 +56,7 @@ class Disk:
 
     def replace(self, source: Path, target: Path) -> None:
         """Rename over what is there."""
-        os.replace(source, target)
+        source.replace(target)
 
     def remove(self, path: Path) -> None:
         """Remove a file."""

@@ -302,7 +302,7 @@ def compact_file(
 
 def _mapped(file: LockedFile) -> bytes | mmap.mmap:
     # Of a descriptor of its own: a mapping keeps one, and with the file's the lock would be kept.
-    with open(file.path, "rb") as again:
+    with file.path.open("rb") as again:
         if os.fstat(again.fileno()).st_size == 0:
             return b""
         return mmap.mmap(again.fileno(), 0, access=mmap.ACCESS_READ)

@@ -88,7 +88,7 @@ class LockedFile:
     def is_current(self) -> bool:
         """True while the path still leads to this file."""
         try:
-            return os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+            return os.path.samestat(os.fstat(self.handle), self.path.stat())
         except FileNotFoundError:
             return False
 

@@ -10,7 +10,7 @@ from typing import IO, Protocol
 
 from rmmformat._native import crc32c
 from rmmformat.errors import ChecksumError
-from rmmformat.format.catalog import Catalog, EncodedSection, Extent, encode_index
+from rmmformat.format.catalog import Catalog, EncodedSection, encode_index
 from rmmformat.format.disk import Appender
 
 __all__ = ["Piece", "Plan", "Source", "Spool"]
@@ -62,9 +62,9 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._file: IO[bytes]
         try:
-            self._file = tempfile.TemporaryFile(dir=folder)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # until close()
         except OSError:  # a file can grow in a folder that takes no new ones
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._end = 0
 
     def put(self, raw: bytes) -> Piece:

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -298,10 +299,10 @@ def while_growing(path: str | os.PathLike[str], attempt: Callable[[], T]) -> T:
     while True:
         try:
             return attempt()
-        except FormatError as error:
+        except FormatError as error:  # noqa: PERF203
             if error.rule not in _PASSING:
                 raise
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 now = (os.fstat(file.fileno()).st_size, file.read(layout.HEADER_LENGTH))
             if now == seen:
                 raise

@@ -30,7 +30,8 @@ def project(factor: Array, shared: Shared) -> F32:
 
     Returns
     -------
-    (p, Kc, G) float32: for :func:`~rmmformat.merge.rmm.reconstruct` with this rank; Kc is `rank` with row mixing.
+    (p, Kc, G) float32
+        For :func:`~rmmformat.merge.rmm.reconstruct` with this rank; Kc is `rank` with row mixing.
 
     Raises
     ------

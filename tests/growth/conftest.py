@@ -19,13 +19,14 @@ from rmmformat import _native
 from rmmformat.format.catalog import TargetKey
 from rmmformat.format.disk import DISK, Disk
 from rmmformat.format.growth import Growth, compact_file
+from rmmformat.format.parts import EntryData
 from rmmformat.format.validate import validate_bytes
 from rmmformat.methods import choose_method
 from rmmformat.pipeline import convert
 from rmmformat.rows import dtype_codes, exact_rows
-from rmmformat.format.parts import EntryData
 
 from ..product.conftest import MemoryTask, make_tasks
+
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
@@ -40,7 +41,7 @@ Content = dict[str, str]
 
 
 def sources(n: int = 4, seed: int = 0) -> list[MemoryTask]:
-    tasks = make_tasks(n, rank=2, sides=((24, 40), (17, 9)), seed=seed)
+    tasks = make_tasks(n, rank=2, sides=((90, 120), (17, 9)), seed=seed)
     for number, task in enumerate(tasks):
         privates = {"head": np.arange(40.0) + number, "shared": np.arange(30, dtype=np.int16)}
         task.__init__(task.name, task._factors, privates=privates)  # type: ignore[misc]
@@ -135,7 +136,7 @@ class Scenario:
 def _interrupted(path: Path) -> None:
     """Leave scratch behind that is longer than the next change."""
     first_file(path)
-    with open(path, "r+b") as file:
+    with path.open("r+b") as file:
         slot = bytearray(file.read()[64:192])
         from rmmformat.format import layout
 

@@ -158,7 +158,7 @@ def states(
 ) -> Iterator[dict[str, bytes]]:
     """Folders that a power failure can leave: before, between and after all operations."""
     rng = random.Random(seed)  # noqa: S311  # repeatable, not secret
-    files = {i: data for i, data in enumerate(before.values())}
+    files = dict(enumerate(before.values()))
     names = {name: i for i, name in enumerate(before)}
     at_handle = dict(names)  # a handle keeps its file when the name goes to another
     durable_names = dict(names)

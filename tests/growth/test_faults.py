@@ -1,7 +1,8 @@
-"""Calls of the system that fail, processes that are killed in the middle of one, disks that are full."""
+"""Calls of the system that fail, processes killed in the middle of one, full disks."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -25,7 +26,9 @@ from .crash import Recorder, Saboteur
 ROOT = Path(__file__).parent
 
 
-def prepared(scenario: Scenario, folder: Path) -> tuple[Path, Path, dict[str, str], dict[str, str], int]:
+def prepared(
+    scenario: Scenario, folder: Path
+) -> tuple[Path, Path, dict[str, str], dict[str, str], int]:
     """Original file, place for copies, content before and after, number of calls."""
     original, path = folder / "original.rmm", folder / "x.rmm"
     scenario.before(original)
@@ -73,7 +76,7 @@ def test_a_process_killed_at_each_call_leaves_old_or_new(how: str, tmp_path: Pat
     for scenario in SCENARIOS:
         folder = tmp_path / scenario.name.replace(" ", "-")
         folder.mkdir()
-        original, path, old, new, n_calls = prepared(scenario, folder)
+        original, _, old, new, n_calls = prepared(scenario, folder)
         for at in range(n_calls):
             copy = folder / f"{at}.rmm"
             shutil.copyfile(original, copy)
@@ -120,9 +123,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         first_file(path)
         old = content(path)
         if mounted:
-            with open(small / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError):
-                while True:
-                    ballast.write(bytes(4096))
+            fill(small / "ballast")
             with pytest.raises(OSError, match="No space"):
                 big(path)
             with pytest.raises(OSError, match="No space"):
@@ -142,6 +143,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
     finally:
         if mounted:
             subprocess.run(["umount", str(small)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Take what room there is."""
+    with path.open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
 
 
 def big(path: Path) -> None:

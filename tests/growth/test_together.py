@@ -216,9 +216,9 @@ def test_who_has_the_file_open_keeps_the_collection(tmp_path: Path) -> None:
 
 
 def resources() -> tuple[int, int]:
-    with open("/proc/self/maps") as file:
+    with Path("/proc/self/maps").open() as file:
         maps = sum("x.rmm" in line for line in file)
-    return len(os.listdir("/proc/self/fd")), maps
+    return len(list(Path("/proc/self/fd").iterdir())), maps
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts through /proc")
