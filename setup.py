@@ -33,6 +33,7 @@ setup(
             ),
             cxx_std=17,
             extra_compile_args=FLAGS,
+            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
         )
     ],
     cmdclass={"build_ext": build_ext},

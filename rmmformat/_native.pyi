@@ -1,11 +1,12 @@
 """The C++ core: mapping, index, checks, reconstruction (``native/``)."""
 
+import os
 from typing import Any, NamedTuple
-
-__version__: str
 
 import numpy as np
 import numpy.typing as npt
+
+__version__: str
 
 class Entry(NamedTuple):
     """What a task stores at one target, and where its factors go in an arena."""
@@ -44,7 +45,7 @@ class File:
     """An open ``.rmm`` file: header and index are checked, payload is mapped."""
 
     @staticmethod
-    def open(path: str) -> File: ...
+    def open(path: str | os.PathLike[str]) -> File: ...
     @staticmethod
     def from_buffer(data: Any) -> File: ...
     def close(self) -> None: ...

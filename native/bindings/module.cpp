@@ -4,8 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,13 @@ const char* exception_name(int32_t status, int32_t rule) {
     }
 }
 
+// Text that may have bytes from a broken file in it.
+py::str text_of(const std::string& bytes) {
+    return py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace"));
+}
+
+// `path` is as the file system has it; empty for bytes in memory.
 [[noreturn]] void raise(const rmm_error& error, const std::string& path) {
     switch (error.status) {
         case RMM_IO: {
@@ -68,9 +76,12 @@ const char* exception_name(int32_t status, int32_t rule) {
         where["rule"] = rule;
     }
     if (error.offset != RMM_NO_OFFSET) where["offset"] = error.offset;
-    if (!path.empty()) where["path"] = path;
+    if (!path.empty()) {
+        where["path"] = py::reinterpret_steal<py::object>(
+            PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+    }
     py::object type = py::module_::import("rmmformat.errors").attr(exception_name(error.status, error.rule));
-    py::object value = type(py::str(error.message), **where);
+    py::object value = type(text_of(error.message), **where);
     PyErr_SetObject(type.ptr(), value.ptr());
     throw py::error_already_set();
 }
@@ -141,17 +152,18 @@ class File {
   public:
     explicit File(Shared handle) : handle_(std::move(handle)) {}
 
-    static File open(const std::string& path) {
+    static File open(const py::object& path) {
+        PyObject* converted = nullptr;
+        if (!PyUnicode_FSConverter(path.ptr(), &converted)) throw py::error_already_set();
         auto handle = std::make_shared<Handle>();
-        handle->path = path;
+        handle->path = py::reinterpret_steal<py::bytes>(converted);
         rmm_error error;
         rmm_status status;
-        if (path.find('\0') != std::string::npos) throw py::value_error("embedded null character in path");
         {
             py::gil_scoped_release unlocked;
-            status = rmm_open(path.c_str(), &handle->file, &error);
+            status = rmm_open(handle->path.c_str(), &handle->file, &error);
         }
-        if (status != RMM_OK) raise(error, path);
+        if (status != RMM_OK) raise(error, handle->path);
         return File(std::move(handle));
     }
 
@@ -318,10 +330,7 @@ py::list validate_range(const uint8_t* data, uint64_t size) {
     if (status != RMM_OK) raise(error, "");
     py::list list(found.size());
     for (size_t i = 0; i < found.size(); ++i) {
-        list[i] = make(violation_type, found[i].rule, found[i].offset,
-                                 py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(
-                                     found[i].message.data(), static_cast<Py_ssize_t>(found[i].message.size()),
-                                     "replace")));
+        list[i] = make(violation_type, found[i].rule, found[i].offset, text_of(found[i].message));
     }
     return list;
 }

@@ -9,8 +9,9 @@
 #endif
 
 // Function multi-versioning: one loop, compiled for three widths, chosen when the library is loaded.
-// It rests on IFUNC (glibc), and sanitizers cannot run in its resolvers.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) && !defined(RMM_NO_CLONES) && \
+// It rests on IFUNC (glibc), and sanitizers cannot run in its resolvers. RMM_PORTABLE leaves out all
+// that is particular to a processor; tests compare such a build with the usual one.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) && !defined(RMM_PORTABLE) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) &&                                 \
     ((defined(__GNUC__) && !defined(__clang__)) || (defined(__clang__) && __clang_major__ >= 14))
 #define RMM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))

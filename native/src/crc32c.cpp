@@ -4,7 +4,9 @@
 
 #include "bytes.hpp"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(RMM_PORTABLE)
+// the tables alone
+#elif defined(__x86_64__) || defined(_M_X64)
 #define RMM_CRC_X86 1
 #include <nmmintrin.h>
 #if defined(_MSC_VER)

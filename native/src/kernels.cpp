@@ -4,7 +4,7 @@
 
 #include "half.hpp"
 
-#if defined(__SSE2__) || defined(_M_X64)
+#if (defined(__SSE2__) || defined(_M_X64)) && !defined(RMM_PORTABLE)
 #include <emmintrin.h>
 #define RMM_SSE2 1
 #endif

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 NONE = 0xFFFFFFFF
-ZERO, F32, F16, BF16 = 0, 1, 2, 3
+ZERO, F32, F16, BF16, TRELLIS = 0, 1, 2, 3, 0x20
 QUANTISED = {1: 0x11, 2: 0x12, 3: 0x13, 4: 0x14, 5: 0x15, 6: 0x16, 7: 0x17, 8: 0x18}
 ALL_ENCODINGS = (ZERO, F32, F16, BF16, *QUANTISED.values())
 BITS = {code: bits for bits, code in QUANTISED.items()}
@@ -74,6 +74,11 @@ def random_row(rng: np.random.Generator, encoding: int, n: int, scale: float = 1
         data += block
         values.append(block_values(bits, block))
     return Row(encoding, data, np.concatenate(values)[:n])
+
+
+def trellis_run(values: np.ndarray, run: bytes) -> list[Row]:
+    """The rows of one run: its bytes go with the first."""
+    return [Row(TRELLIS, run if k == 0 else b"", row) for k, row in enumerate(values)]
 
 
 def exact_row(values: np.ndarray, encoding: int = F32) -> Row:
@@ -227,7 +232,7 @@ class _Writer:
                 while stop < len(rows) and rows[stop].encoding == rows[start].encoding:
                     stop += 1
                 data = b"".join(row.data for row in rows[start:stop])
-                if len(data) >= 4096:
+                if len(data) >= 4096 and rows[start].encoding != TRELLIS:
                     out += bytes(-len(out) % 64)
                 out += data
                 start = stop

@@ -193,6 +193,17 @@ def test_only_the_interface_is_exported(c_programs: Path) -> None:
     assert ours == []
 
 
+def test_a_portable_build_gives_the_same(c_programs: Path, files: Path, tmp_path: Path) -> None:
+    """Without anything particular to a processor: the same bits and checksums."""
+    command = ["make", "-s", "-j2", "-C", ROOT / "native", f"BUILD={tmp_path}"]
+    run(*command, "CXXFLAGS=-O1 -DRMM_PORTABLE", "examples")
+    for path in [files / "rich.rmm", *sorted(VECTORS.glob("valid/*.rmm"))]:
+        names = _native.File.open(path).task_names()
+        for name in names:
+            usual = run(c_programs / "list_and_load", path, name)
+            assert run(tmp_path / "list_and_load", path, name) == usual
+
+
 def test_valgrind(c_programs: Path, files: Path) -> None:
     if shutil.which("valgrind") is None:
         pytest.skip("no valgrind here")

@@ -7,7 +7,7 @@ import native_build as build
 import numpy as np
 import pytest
 
-from rmmformat import _native
+from rmmformat import _native, errors
 
 DTYPES = {1: np.dtype(np.float32), 2: np.dtype(np.float16), 3: np.dtype(ml_dtypes.bfloat16)}
 
@@ -72,6 +72,78 @@ def test_one_encoding(encoding: int) -> None:
 )
 def test_forms_of_a_file(options: dict) -> None:
     compare(build.rich(4, **options), (1,))
+
+
+def trellis(rng: np.random.Generator, n_rows: int, n: int) -> list[build.Row]:
+    """A run of rows of many sizes, some of them zero."""
+    values = rng.standard_normal((n_rows, n)).astype(np.float32)
+    tables = np.array([0 if k % 3 == 2 else 20 + k for k in range(n_rows)], np.uint8)
+    run, decoded = _native.trellis_encode(values, tables, 0x3E00, np.zeros(n_rows, np.float32))
+    again, n_bytes = _native.trellis_decode(run, n_rows, n)
+    assert n_bytes == len(run)
+    assert again.tobytes() == decoded.tobytes()
+    return build.trellis_run(decoded, run)
+
+
+@pytest.mark.parametrize("n", [5, 700, 9000])
+def test_trellis_runs_among_others(n: int) -> None:
+    """In every array, before and behind runs of other encodings."""
+    rng = np.random.default_rng(n)
+
+    def mixed(n_rows: int, length: int) -> list[build.Row]:
+        first = build.rows(rng, 2, length, (build.F16, build.ZERO))
+        return [*first, *trellis(rng, n_rows - 3, length), *build.rows(rng, 1, length, (0x15,))]
+
+    part = build.Part(1, 7, 1, mixed(7, n), mixed(7, n))
+    other = build.Part(3, 6, 5, None, mixed(30, n))
+    width = -(-n // 3)
+    entries = [
+        build.Entry(0, 5, build.Factor(trellis(rng, 1, n), mixed(5, n)), build.Factor(), cluster=1),
+        build.Entry(
+            1, 6, build.Factor(mixed(5, width)), build.Factor(None, mixed(6, 4)), cluster=1
+        ),
+    ]
+    collection = build.Collection(
+        [build.Target("t", n, 9), build.Target("u", n, 4)],
+        [build.Frame(0, part, None), build.Frame(1, other, None)],
+        [build.Task("x", entries)],
+    )
+    compare(collection)
+    data = collection.build()
+    file = _native.File.from_buffer(data)
+    one = load(file, 0, 1, 1)
+    assert [p.tobytes() for pair in load(file, 0, 1, 4) for p in pair] == [
+        p.tobytes() for pair in one for p in pair
+    ]
+
+
+def test_a_damaged_trellis_run_is_named() -> None:
+    rng = np.random.default_rng(0)
+    own = build.Factor(None, trellis(rng, 4, 300))
+    data = build.Collection(
+        [build.Target("t", 300, 1)], [], [build.Task("x", [build.Entry(0, 4, own, build.Factor())])]
+    ).build()
+    run = own.residual[0].data
+    start = data.index(run)
+    n_named = 0
+    for at in range(start, start + len(run)):
+        broken = bytearray(data)
+        broken[at] ^= 0x10
+        rules = {violation.rule for violation in _native.validate_bytes(broken)}
+        assert 80 in rules
+        file = _native.File.from_buffer(broken)
+        try:
+            file.load_task(0, 1, bytearray(file.entries(0, 1)[1]))
+        except errors.LayoutError as error:
+            named = error
+        else:
+            continue
+        assert named.rule in ("RMM-087", "RMM-061")
+        assert int(named.rule[4:]) in rules
+        assert named.offset == start or named.rule == "RMM-061"
+        assert "task x, target t, factor A" in str(named)
+        n_named += 1
+    assert n_named > 0.9 * len(run)
 
 
 def test_values_that_are_not_numbers() -> None:
