@@ -57,7 +57,7 @@ def family(n: int, rank: int = 4, seed: int = 0) -> list[MemoryTask]:
 
 @pytest.mark.parametrize("name", ["exact", "plain", "max_error"])
 def test_added_and_compacted_is_converted_anew(name: str, tmp_path: Path) -> None:
-    tasks = family(4)
+    tasks = make_tasks(4)  # with nothing in common, so that each is kept on its own
     convert(tasks, tmp_path / "anew.rmm", METHODS[name])
     path = tmp_path / "x.rmm"
     convert(tasks[1:3], path, METHODS[name])
