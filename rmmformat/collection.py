@@ -19,7 +19,7 @@ from rmmformat.arena import ArenaPool
 from rmmformat.errors import NotFoundError, RmmError, ShapeError
 from rmmformat.format import layout
 from rmmformat.format.reader import Index, nearest, read_index, while_growing
-from rmmformat.format.validate import Report, parse_metadata, validate_bytes
+from rmmformat.format.validate import Report, read_metadata, validate_bytes
 from rmmformat.model import (
     Array,
     Factors,
@@ -137,10 +137,9 @@ class Collection:
         Raises
         ------
         FormatError
-            It is not valid JSON.
+            It breaks the rules of section 9.
         """
-        raw = self.index.section_bytes("meta")
-        return {} if raw is None else parse_metadata(raw)
+        return read_metadata(self.index) or {}
 
     @property
     def recovered(self) -> bool:
@@ -304,7 +303,7 @@ class StoredTask:
     def config_text(self) -> str:
         """The original configuration, character for character."""
         number = self._metadata.get("config")
-        return "" if number is None else str(self.collection.metadata["configs"][number])
+        return "" if number is None else str(self.collection.metadata["configs"][int(number)])
 
     @cached_property
     def targets(self) -> Mapping[str, TargetInfo]:

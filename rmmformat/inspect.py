@@ -238,7 +238,7 @@ def _entry_info(index: Index, task: int, position: int, target_id: int) -> Entry
         for part in ("a", "b"):
             layouts[f"{array} {part.upper()}"] = _describe(index, int(form[f"{array}_{part}"]))
     errors = index.table("erro")["error"]
-    error = float(errors[number]) if len(errors) else float("nan")
+    error = float(errors[number]) if number < len(errors) else float("nan")
     return EntryInfo(
         index.task_names[task],
         index.target_names[target_id],

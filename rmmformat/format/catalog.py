@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rmmformat.errors import UnsupportedError
 from rmmformat.format import layout
 from rmmformat.format.reader import Index
 from rmmformat.model import TargetKind, TargetShape
@@ -167,11 +168,19 @@ class Catalog:
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
-    """Canonical JSON (section 9)."""
-    text = json.dumps(
-        metadata, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    )
-    return text.encode()
+    """Canonical JSON (section 9).
+
+    Raises
+    ------
+    UnsupportedError
+        It holds what the format cannot: NaN or infinity, half of a surrogate pair.
+    """
+    try:
+        return json.dumps(
+            metadata, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        ).encode()
+    except ValueError as error:
+        raise UnsupportedError(f"metadata cannot be stored: {error}", rule="RMM-090") from None
 
 
 class _Interner:
@@ -275,7 +284,9 @@ def _tables(catalog: Catalog) -> dict[str, npt.NDArray[np.void]]:
         for key in keys
         for f in catalog.frames.get(key, ())
     ]  # fmt: skip
-    tasks, entries, errors, privates = [], [], [], []
+    tasks, errors = [], []
+    entries: list[tuple[int, int, int]] = []
+    privates: list[tuple[int, ...]] = []
     dims: list[int] = []
     targets_of: list[int] = []
     first_of: dict[tuple[int, ...], int] = {}

@@ -1,4 +1,4 @@
-"""The metadata section: its shape, and the object that a writer fills (specification, section 9)."""
+"""The metadata section: its shape and its schema (specification, section 9)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def _text(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

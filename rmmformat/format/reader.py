@@ -93,14 +93,14 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section of the index; `table` is None for types that this version does not know."""
+    """One section of the index."""
 
     type: str
     offset: int
     length: int
     count: int
     coding: int
-    table: Table | None
+    record_size: int
 
 
 class Index:
@@ -121,6 +121,9 @@ class Index:
         By type, in the order of the file.
     strings
         Names by string id.
+    runs, fixed_size
+        By layout id: its runs as pairs of encoding code and number of rows, and whether all of
+        their encodings are known and fixed-size.
     """
 
     def __init__(self, data: memoryview, header: bytes | None = None) -> None:
@@ -131,22 +134,47 @@ class Index:
         self.active: Any = None
         self.sections: dict[str, Section] = {}
         self.strings: list[str] = []
+        self.runs: list[list[tuple[int, int]]] = []
+        self.fixed_size: list[bool] = []
         self.first_frame: npt.NDArray[np.int64] = np.zeros(1, np.int64)
+        self._tables: dict[str, Table] = {}
 
     def table(self, name: str) -> Table:
-        """Records of a section; none where it is absent."""
-        section = self.sections.get(name)
-        if section is None or section.table is None:
-            return np.zeros(0, layout.RECORDS[name])
-        return section.table
+        """Records of a section; none where it is absent.
+
+        Raises
+        ------
+        FormatError
+            It is deflated and does not inflate (RMM-026).
+        """
+        found = self._tables.get(name)
+        if found is None:
+            found = self._tables[name] = self._read_table(name)
+        return found
+
+    def _read_table(self, name: str) -> Table:
+        record, section = layout.RECORDS[name], self.sections.get(name)
+        if section is None:
+            return np.zeros(0, record)
+        fields: Any = record.fields
+        steps: Any = {
+            "names": list(fields),
+            "formats": [field[0] for field in fields.values()],
+            "offsets": [field[1] for field in fields.values()],
+            "itemsize": section.record_size,
+        }
+        raw: Any = self.data[section.offset : section.offset + section.length]
+        if section.coding:
+            raw = inflate(raw, section.count * section.record_size, section.offset)
+        table: Table = np.frombuffer(raw, np.dtype(steps))
+        return table
 
     def table_offset(self, name: str, record: int) -> int:
         """Offset of a record of a section, for messages."""
         section = self.sections.get(name)
-        if section is None or section.table is None:
+        if section is None:
             return int(self.active["index_offset"]) if self.active is not None else 0
-        stride = section.table.strides[0] if section.coding == 0 else 0
-        return section.offset + record * stride
+        return section.offset + (0 if section.coding else record * section.record_size)
 
     @property
     def file_length(self) -> int:
@@ -189,12 +217,7 @@ class Index:
 
     def layout_runs(self, layout_id: int) -> list[tuple[int, int]]:
         """Runs of a layout: encoding code, number of rows."""
-        if layout_id == layout.NONE:
-            return []
-        record = self.table("LAYO")[layout_id]
-        first = int(record["first_run"])
-        runs = self.table("RUNS")[first : first + int(record["n_runs"])]
-        return [(int(run["encoding"]), int(run["count"])) for run in runs]
+        return [] if layout_id == layout.NONE else self.runs[layout_id]
 
     def entry_offsets(self, task: int) -> list[int]:
         """Offset of every entry of a task (section 7.1)."""
@@ -209,18 +232,20 @@ class Index:
         return offsets
 
     def section_bytes(self, name: str) -> bytes | None:
-        """Decoded bytes of a section, or None where it is absent or has no records."""
-        section = self.sections.get(name)
-        if section is None or section.count == 0:
-            return None
-        raw = bytes(self.data[section.offset : section.offset + section.length])
-        if section.coding == 0:
-            return raw
-        return inflate(raw, section.count * layout.RECORDS[name].itemsize)
+        """Decoded bytes of a section, or None where it is absent or has no records.
+
+        Raises
+        ------
+        FormatError
+            It is deflated and does not inflate (RMM-026).
+        """
+        return self.table(name).tobytes() or None
 
 
-def inflate(raw: bytes, size: int) -> bytes:
+def inflate(raw: bytes | memoryview, size: int, offset: int) -> bytes:
     """Inflate a zlib stream of exactly `size` bytes (RMM-026), in memory bounded by `size`.
+
+    `offset` is where it begins, for the message.
 
     Raises
     ------
@@ -234,7 +259,9 @@ def inflate(raw: bytes, size: int) -> bytes:
     except zlib.error:
         out, whole = b"", False
     if not whole or len(out) != size:
-        raise LayoutError(f"section does not inflate to {size} bytes", rule="RMM-026")
+        raise LayoutError(
+            f"section does not inflate to {size} bytes", rule="RMM-026", offset=offset
+        )
     return out
 
 

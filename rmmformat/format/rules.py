@@ -7,19 +7,19 @@ yielded nothing that stops a reader.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rmmformat.errors import LayoutError
 from rmmformat.format import layout
 from rmmformat.format.encodings import ENCODINGS
-from rmmformat.format.reader import Index, Section, Slot, Violation, check_sum, inflate
+from rmmformat.format.reader import Index, Section, Slot, Violation, check_sum
 from rmmformat.model import TargetKind
 
-__all__ = ["OPEN_STAGES", "array_length"]
+__all__ = ["OPEN_STAGES", "extent_table"]
 
 Broken = Iterator[Violation]
 _FACTORS = (("a", "n_in"), ("b", "n_out"))
@@ -51,9 +51,9 @@ def header(index: Index) -> Broken:
     if preamble["features"]:
         yield Violation(3, 12, f"unknown features {preamble['features']:#x}")
     first = layout.SLOT_OFFSETS[0] + layout.SLOT.itemsize
-    for start, end in ((16, 60), (first, layout.SLOT_OFFSETS[1])):
-        if any(data[start:end]):
-            yield Violation(5, start, f"reserved bytes {start} to {end - 1} are not zero")
+    for at, end in ((16, 60), (first, layout.SLOT_OFFSETS[1])):
+        if any(data[at:end]):
+            yield Violation(5, at, f"reserved bytes {at} to {end - 1} are not zero")
     index.minor = int(preamble["minor"])
 
 
@@ -72,19 +72,16 @@ def slots(index: Index) -> Broken:
             state = "damaged"
         elif sequence == 0 or sequence % 2 != 1 - number:
             state = "damaged"
-            parity_broken = Violation(
+            parity_broken = parity_broken or Violation(
                 11, offset, f"sequence {sequence} does not belong in slot {number}"
             )
         index.slots.append(Slot(offset, record, state))
     valid = [slot for slot in index.slots if slot.state == "valid"]
-    if parity_broken is not None:
-        yield parity_broken
     if not valid:
-        if parity_broken is None:
-            yield Violation(10, layout.SLOT_OFFSETS[0], "neither slot is valid")
+        yield parity_broken or Violation(10, layout.SLOT_OFFSETS[0], "neither slot is valid")
         return
     for number, slot in enumerate(index.slots):
-        if slot.state == "damaged" and parity_broken is None:
+        if slot.state == "damaged":
             yield Violation(12, slot.offset, f"slot {number} is damaged")
         if slot.state == "valid" and index.minor == 0 and any(bytes(slot.record["unused"])):
             yield Violation(15, slot.offset + 56, f"unused bytes of slot {number} are not zero")
@@ -93,9 +90,7 @@ def slots(index: Index) -> Broken:
     index.active = record
     length, limit = int(record["file_length"]), int(record["growth_limit"])
     if length > len(data):
-        yield Violation(
-            13, offset + 8, f"file has {len(data)} bytes, its header says {length}"
-        )
+        yield Violation(13, offset + 8, f"file has {len(data)} bytes, its header says {length}")
     if limit < length or limit < len(data):
         yield Violation(
             14,
@@ -168,56 +163,37 @@ def section_table(index: Index) -> Broken:
         if computed is not None:
             yield Violation(25, at + 36, f"section {kind} checksum computed {computed:#010x}")
             return
-        section = Section(kind, offset, length, int(record["count"]), int(record["coding"]), None)
-        yield from _section_content(index, section, int(record["record_size"]), at)
+        section = Section(
+            kind, offset, length, int(record["count"]), int(record["coding"]),
+            int(record["record_size"]),
+        )  # fmt: skip
+        broken = list(_sizes(index, section, at))
+        yield from broken
+        if broken:
+            return
+        index.sections[kind] = section
     if position != end:
         yield Violation(21, start, f"sections end at {position}, the index at {end}")
 
 
-def _section_content(index: Index, section: Section, record_size: int, at: int) -> Broken:
-    known = layout.RECORDS.get(section.type)
-    minimum = 0 if known is None else known.itemsize
-    n_bytes = section.count * record_size
-    if record_size < minimum or (index.minor == 0 and known and record_size != minimum):
-        yield Violation(
-            24, at + 32, f"record size of {section.type} is {record_size}, expected {minimum}"
-        )
-        return
-    raw: Any = index.data[section.offset : section.offset + section.length]
+def _sizes(index: Index, section: Section, at: int) -> Broken:
+    """RMM-024 and what of RMM-026 needs no decoding; `at` is the record's offset."""
+    kind, size, n_bytes = section.type, section.record_size, section.count * section.record_size
+    known = layout.RECORDS.get(kind)
+    if known is not None:
+        least = known.itemsize
+        if size < least or (size > least and (index.minor == 0 or least == 1)):
+            yield Violation(24, at + 32, f"record size of {kind} is {size}, expected {least}")
+            return
     if section.coding == 0:
         if n_bytes != section.length:
-            yield Violation(
-                24,
-                at + 16,
-                f"section {section.type} has {section.length} bytes, its records take {n_bytes}",
-            )
-            return
-    else:
-        limit = layout.DEFLATE_RATIO * section.length + layout.DEFLATE_FLOOR
-        if section.coding != 1 or section.type[0].isupper() or n_bytes > limit:
-            yield Violation(
-                26, at + 4, f"section {section.type}: coding {section.coding} of {n_bytes} bytes"
-            )
-            return
-        try:
-            raw = inflate(bytes(raw), n_bytes)
-        except LayoutError as error:
-            yield Violation(26, section.offset, f"section {section.type}: {error.message}")
-            return
-    table = None
-    if known is not None:
-        dtype = np.dtype(
-            {
-                "names": list(known.names or ()),
-                "formats": [known.fields[name][0] for name in known.names or ()],  # type: ignore[index]
-                "offsets": [known.fields[name][1] for name in known.names or ()],  # type: ignore[index]
-                "itemsize": record_size,
-            }
-        )
-        table = np.frombuffer(raw, dtype)
-    index.sections[section.type] = Section(
-        section.type, section.offset, section.length, section.count, section.coding, table
-    )
+            message = f"section {kind} has {section.length} bytes, its records take {n_bytes}"
+            yield Violation(24, at + 16, message)
+        return
+    limit = layout.DEFLATE_RATIO * section.length + layout.DEFLATE_FLOOR
+    if section.coding != 1 or kind[0].isupper() or kind == "free" or n_bytes > limit:
+        message = f"section {kind}: coding {section.coding} of {n_bytes} bytes"
+        yield Violation(26, at + 4, message)
 
 
 def names(index: Index) -> Broken:
@@ -255,6 +231,8 @@ def _first(mask: Any) -> int | None:
 def reserved(index: Index) -> Broken:
     """Reserved fields of records (RMM-037)."""
     for name in layout.SECTION_ORDER:
+        if not any(field.startswith("reserved") for field in layout.RECORDS[name].names or ()):
+            continue
         table = index.table(name)
         for field in layout.RECORDS[name].names or ():
             if field.startswith("reserved") and len(table):
@@ -286,9 +264,10 @@ def targets(index: Index) -> Broken:
         ):
             yield Violation(36, at, f"target {i}: sides {n_in}, {n_out}, kernel {kernel}")
             return
-    if (i := _first(table["name"] >= len(index.strings))) is not None:
-        at = index.table_offset("TARG", i)
-        yield Violation(35, at + 24, f"target {i}: name {table['name'][i]} is no string")
+    unnamed = _first(table["name"] >= len(index.strings))
+    if unnamed is not None:
+        at = index.table_offset("TARG", unnamed)
+        yield Violation(35, at + 24, f"target {unnamed}: its name is no string")
         return
     keys = [
         (int(r["name"]), int(r["n_in"]), int(r["n_out"]), int(r["kind"]), int(r["flags"]),
@@ -307,20 +286,34 @@ def layouts(index: Index) -> Broken:
     if (i := _first(runs["count"] == 0)) is not None:
         yield Violation(40, index.table_offset("RUNS", i), f"run {i} counts no rows")
         return
+    pairs = list(zip(runs["encoding"].tolist(), runs["count"].tolist(), strict=True))
     position = 0
     for i, record in enumerate(table):
         first, count = int(record["first_run"]), int(record["n_runs"])
-        rows = runs["count"][first : first + count].sum(dtype=np.uint64) if first == position else 0
-        if first != position or not 1 <= count <= len(runs) - first or rows != record["n_rows"]:
+        own = pairs[first : first + count] if first == position else []
+        if not 1 <= count == len(own) or sum(n for _, n in own) != record["n_rows"]:
             yield Violation(
                 41,
                 index.table_offset("LAYO", i),
                 f"layout {i}: runs {first} to {first + count}, {record['n_rows']} rows",
             )
             return
+        fixed = [_is_fixed_size(code) for code, _ in own]
+        for j in range(1, count):
+            if own[j][0] == own[j - 1][0] and fixed[j]:
+                at, code = index.table_offset("RUNS", first + j), own[j][0]
+                yield Violation(41, at, f"layout {i}: successive runs of encoding {code:#04x}")
+                return
+        index.runs.append(own)
+        index.fixed_size.append(all(fixed))
         position += count
     if position != len(runs):
-        yield Violation(41, index.table_offset("LAYO", 0), "layouts do not tile the runs")
+        yield Violation(41, index.table_offset("RUNS", position), "layouts do not tile the runs")
+
+
+def _is_fixed_size(code: int) -> bool:
+    encoding = ENCODINGS.get(code)
+    return encoding is not None and encoding.row_bytes is not None
 
 
 def _has_layout(index: Index, ids: Any) -> Any:
@@ -353,15 +346,23 @@ def forms(index: Index) -> Broken:
                 return
 
 
-def array_length(index: Index, start: int, layout_id: int, row_length: int) -> int | None:
-    """End of an array that follows `start`; None where only its bytes can tell (section 7.2)."""
-    for code, count in index.layout_runs(layout_id):
-        encoding = ENCODINGS.get(code)
-        if encoding is None or encoding.row_bytes is None:
-            return None
-        n_bytes = count * encoding.row_bytes(row_length)
-        start = layout.ceil_to(start, layout.alignment(n_bytes, 1)) + n_bytes
-    return start
+def _arrays_length(index: Index, arrays: list[tuple[int, int]], limit: int) -> int | None:
+    """Bytes of arrays, given as layout and row length; None where only the bytes can tell (7.2).
+
+    Walks no further than `limit`, the bytes that there are: of two successive runs one takes bytes
+    (RMM-041), so that this takes time in proportion to them.
+    """
+    if not all(index.fixed_size[i] for i, _ in arrays if i != layout.NONE):
+        return None
+    end = 0
+    for layout_id, row_length in arrays:
+        for code, count in index.layout_runs(layout_id):
+            row_bytes = ENCODINGS[code].row_bytes
+            n_bytes = count * (0 if row_bytes is None else row_bytes(row_length))
+            end = layout.ceil_to(end, layout.alignment(n_bytes, 1)) + n_bytes
+            if end > limit:
+                return end
+    return end
 
 
 def _is_absent(part: Any) -> bool:
@@ -385,8 +386,7 @@ def frames(index: Index) -> Broken:
     index.first_frame = np.searchsorted(order, np.arange(len(target_table) + 1))
     for i, record in enumerate(table):
         at, target = index.table_offset("FRAM", i), target_table[record["target"]]
-        n_absent = 0
-        position: int | None = 0
+        n_absent, arrays, length = 0, [], int(record["length"])
         for f, side in _FACTORS:
             part, row_length = record[f], int(target[side])
             if _is_absent(part):
@@ -399,16 +399,13 @@ def frames(index: Index) -> Broken:
             yield from broken
             if broken:
                 return
-            if position is not None:
-                position = array_length(index, position, int(part["mean"]), row_length)
-            if position is not None:
-                position = array_length(index, position, int(part["basis"]), row_length)
+            arrays += [(int(part["mean"]), row_length), (int(part["basis"]), row_length)]
         if n_absent == 2:
             yield Violation(51, at, f"frame {i} has no part")
             return
-        length = int(record["length"])
-        if (position is not None and position != length) or (length == 0 and record["offset"]):
-            yield Violation(52, at + 8, f"frame {i} has {length} bytes, its arrays take {position}")
+        want = _arrays_length(index, arrays, length)
+        if want not in (None, length) or (length == 0 and record["offset"]):
+            yield Violation(52, at + 8, f"frame {i} has {length} bytes, its arrays take {want}")
             return
 
 
@@ -474,45 +471,60 @@ def entries(index: Index) -> Broken:
     if (i := _first(table["form"] >= len(form_table))) is not None:
         yield Violation(60, index.table_offset("ENTR", i), f"entry {i} names no form")
         return
-    fitting: dict[tuple[int, int], Violation | int | None] = {}
+    fitting: dict[tuple[int, int], Violation | _Fit] = {}
     for number, task in enumerate(task_table):
         first, count = int(task["first_entry"]), int(task["n_entries"])
-        position, n_values = 0, 0
-        ids = index.task_targets(number)
-        for j in range(count):
-            key = (int(table["form"][first + j]), int(ids[j]))
+        at = index.table_offset("TASK", number)
+        lengths, end = [int(n) for n in table["length"][first : first + count]], 0
+        for length in lengths:
+            end = layout.ceil_to(end, layout.alignment(length, 1)) + length
+        if end != int(task["length"]) or (end == 0 and task["offset"]):
+            yield Violation(
+                58, at + 8, f"task {number}: run of {task['length']} bytes, entries take {end}"
+            )
+            return
+        n_values, n_terms = 0, 0
+        form_ids, ids = table["form"][first : first + count], index.task_targets(number)
+        for j, length in enumerate(lengths):
+            key = (int(form_ids[j]), int(ids[j]))
             if key not in fitting:
-                fitting[key] = _fit(index, *key)
-            want, length = fitting[key], int(table["length"][first + j])
-            at = index.table_offset("ENTR", first + j)
-            if isinstance(want, Violation):
-                yield Violation(want.rule, at, f"entry {first + j}: {want.message}")
+                fitting[key] = _fit(index, *key, length)
+            fit = fitting[key]
+            if isinstance(fit, Violation):
+                at = index.table_offset("ENTR", first + j)
+                yield Violation(fit.rule, at, f"entry {first + j}: {fit.message}")
                 return
-            if want is not None and want != length:
+            if fit.length not in (None, length):
                 yield Violation(
-                    61, at, f"entry {first + j} has {length} bytes, its arrays take {want}"
+                    61,
+                    index.table_offset("ENTR", first + j),
+                    f"entry {first + j} has {length} bytes, its arrays take {fit.length}",
                 )
                 return
-            position = layout.ceil_to(position, layout.alignment(length, 1)) + length
-            target = index.table("TARG")[key[1]]
-            n_values += int(form_table["rank"][key[0]]) * (
-                int(target["n_in"]) + int(target["n_out"])
-            )
-        at = index.table_offset("TASK", number)
-        if position != int(task["length"]) or (position == 0 and task["offset"]):
-            yield Violation(
-                58, at + 8, f"task {number}: run of {task['length']} bytes, entries take {position}"
-            )
-            return
-        if n_values > layout.VALUES_PER_BYTE * index.file_length:
-            yield Violation(
-                62, at, f"task {number} has {n_values} values in {index.file_length} bytes"
-            )
-            return
+            n_values += fit.n_values
+            n_terms += fit.n_terms
+        for rule, what, n, limit in (
+            (62, "values", n_values, layout.VALUES_PER_BYTE),
+            (63, "products and sums", n_terms, layout.TERMS_PER_BYTE),
+        ):
+            if n > limit * index.file_length:
+                yield Violation(
+                    rule, at, f"task {number} has {n} {what} in {index.file_length} bytes"
+                )
+                return
 
 
-def _fit(index: Index, form_id: int, target_id: int) -> Violation | int | None:
-    """Length of an entry of this form at this target, or what does not fit (RMM-060)."""
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """What entries of one form at one target have in common; the length where the index tells."""
+
+    length: int | None
+    n_values: int
+    n_terms: int  # products and sums
+
+
+def _fit(index: Index, form_id: int, target_id: int, limit: int) -> Violation | _Fit:
+    """Fit a form to a target, or say what does not fit (RMM-060); `limit` is an entry's length."""
     form, target = index.table("FORM")[form_id], index.table("TARG")[target_id]
     cluster, rank = int(form["cluster"]), int(form["rank"])
     frame = None
@@ -521,65 +533,71 @@ def _fit(index: Index, form_id: int, target_id: int) -> Violation | int | None:
         if cluster > last - first:
             return Violation(60, 0, f"target {target_id} has no frame {cluster}")
         frame = index.table("FRAM")[first + cluster - 1]
-    position: int | None = 0
+    arrays: list[tuple[int, int]] = []
+    n_values, n_terms = 0, 0
     for f, side in _FACTORS:
         row_length, coefficients = int(target[side]), int(form[f"coefficients_{f}"])
         part = None if frame is None or _is_absent(frame[f]) else frame[f]
         p = 0 if part is None else int(part["n_components"])
         if part is not None and rank > part["rank"]:
             return Violation(60, 0, f"rank {rank} is above its frame's {part['rank']}")
-        if (coefficients == layout.NONE) != (p == 0) or (
-            p and _rows_of(index, coefficients) != p
-        ):
+        if (coefficients == layout.NONE) != (p == 0) or (p and _rows_of(index, coefficients) != p):
             return Violation(60, 0, f"coefficients do not fit {p} components")
         coefficient_length = row_length
         if part is not None:
             groups = -(-row_length // int(part["group"]))
             coefficient_length = groups * (rank if part["flags"] & 1 else 1)
-        for array, length in (
-            (coefficients, coefficient_length),
-            (int(form[f"residual_{f}"]), row_length),
-        ):
-            if position is not None:
-                position = array_length(index, position, array, length)
-    return position
+        arrays += [
+            (coefficients, coefficient_length), (int(form[f"residual_{f}"]), row_length)
+        ]  # fmt: skip
+        n_values += rank * row_length
+        n_terms += (1 + p) * rank * row_length
+    return _Fit(_arrays_length(index, arrays, limit), n_values, n_terms)
 
 
 def privates(index: Index) -> Broken:
     """PRIV, BLOB and DIMS."""
-    table, blobs, dims = index.table("PRIV"), index.table("BLOB"), index.table("DIMS")["dim"]
+    table, blobs = index.table("PRIV"), index.table("BLOB")
     for i, blob in enumerate(blobs):
         if blob["length"] == 0 and blob["offset"]:
             yield Violation(67, index.table_offset("BLOB", i), f"empty blob {i} has an offset")
             return
-    starts = {int(first) for first in index.table("TASK")["first_private"]}
-    previous = -1
-    for i, record in enumerate(table):
-        at, name = index.table_offset("PRIV", i), int(record["name"])
-        first, n_dims = int(record["first_dim"]), int(record["n_dims"])
-        if (
-            name >= len(index.strings)
-            or record["blob"] >= len(blobs)
-            or int(record["dtype"]) not in layout.DTYPES
-            or n_dims > 8
-            or first + n_dims > len(dims)
-            or (i not in starts and name <= previous)
-        ):
-            yield Violation(65, at, f"private tensor {i} refers to what is not there")
+    for number, task in enumerate(index.table("TASK")):
+        first = int(task["first_private"])
+        previous, total = -1, 0
+        for i in range(first, first + int(task["n_privates"])):
+            violation = _private_fault(index, i, table[i], previous)
+            if violation is not None:
+                yield violation
+                return
+            previous, total = int(table["name"][i]), total + int(blobs["length"][table["blob"][i]])
+        if total > layout.PRIVATE_BYTES_PER_BYTE * index.file_length:
+            at = index.table_offset("TASK", number)
+            message = f"task {number} has {total} private bytes in {index.file_length} bytes"
+            yield Violation(64, at, message)
             return
-        previous = name
-        shape = [int(dim) for dim in dims[first : first + n_dims]]
-        size = layout.DTYPES[int(record["dtype"])].itemsize
-        for dim in shape:
-            size *= dim
-        if any(dim > layout.MAX_SIDE for dim in shape) or size != blobs["length"][record["blob"]]:
-            yield Violation(
-                66,
-                at,
-                f"private tensor {i}: shape {shape} takes {size} bytes, its blob has "
-                f"{blobs['length'][record['blob']]}",
-            )
-            return
+
+
+def _private_fault(index: Index, i: int, record: Any, previous: int) -> Violation | None:
+    """RMM-065 and RMM-066; `previous` is the name of the one before in the task."""
+    blobs, dims = index.table("BLOB"), index.table("DIMS")["dim"]
+    at, name = index.table_offset("PRIV", i), int(record["name"])
+    first, n_dims = int(record["first_dim"]), int(record["n_dims"])
+    if (
+        not previous < name < len(index.strings)
+        or record["blob"] >= len(blobs)
+        or int(record["dtype"]) not in layout.DTYPES
+        or n_dims > 8
+        or first + n_dims > len(dims)
+    ):
+        return Violation(65, at, f"private tensor {i} refers to what is not there")
+    shape = [int(dim) for dim in dims[first : first + n_dims]]
+    size = math.prod(shape) * layout.DTYPES[int(record["dtype"])].itemsize
+    length = int(blobs["length"][record["blob"]])
+    if any(dim > layout.MAX_SIDE for dim in shape) or size != length:
+        message = f"private tensor {i}: shape {shape} takes {size} bytes, its blob has {length}"
+        return Violation(66, at, message)
+    return None
 
 
 def extent_table(index: Index) -> list[tuple[int, int, str, int]]:
@@ -625,13 +643,16 @@ def extents(index: Index) -> Broken:
             return
         position = offset + length
     if position != index.file_length:
-        yield Violation(72, position, f"bytes {position} to {index.file_length - 1} are unaccounted")
+        yield Violation(
+            72, position, f"bytes {position} to {index.file_length - 1} are unaccounted"
+        )
 
 
 OPEN_STAGES: tuple[Callable[[Index], Broken], ...] = (
     header,
     slots,
     section_table,
+    extents,  # early: once they do not overlap, all that follows takes time in proportion to them
     names,
     reserved,
     targets,
@@ -641,5 +662,4 @@ OPEN_STAGES: tuple[Callable[[Index], Broken], ...] = (
     tasks,
     entries,
     privates,
-    extents,
 )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from rmmformat.errors import FormatError, RmmError
+from rmmformat.errors import FormatError, MetadataError, RmmError
 from rmmformat.format import layout
 from rmmformat.format.encodings import ENCODINGS
+from rmmformat.format.metadata import fault
 from rmmformat.format.reader import Index, Violation, check_sum
 from rmmformat.format.rules import OPEN_STAGES, extent_table
 
-__all__ = ["Report", "check_metadata", "parse_metadata", "validate_bytes"]
+__all__ = ["Report", "check_metadata", "parse_metadata", "read_metadata", "validate_bytes"]
 
 MAX_DEPTH = 16
 
@@ -191,9 +193,7 @@ def _arrays(
                     return
             else:
                 length = count * encoding.row_bytes(row_length)
-                aligned = start + layout.ceil_to(
-                    position - start, layout.alignment(length, 1)
-                )
+                aligned = start + layout.ceil_to(position - start, layout.alignment(length, 1))
                 if (at := _first_nonzero(index, position, min(aligned, end))) is not None:
                     yield Violation(85, at, f"{what}: padding is not zero")
                 position = aligned
@@ -240,7 +240,8 @@ def parse_metadata(raw: bytes) -> dict[str, Any]:
     Raises
     ------
     FormatError
-        Not one JSON object in UTF-8, duplicate keys, NaN or infinity, or nested too deep.
+        Not one JSON object in UTF-8, duplicate keys, NaN or infinity, lone surrogates, or nested
+        too deep.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -249,16 +250,23 @@ def parse_metadata(raw: bytes) -> dict[str, Any]:
             raise FormatError("metadata has duplicate keys", rule="RMM-090")
         return result
 
-    def constant(name: str) -> Any:
-        raise FormatError(f"metadata holds {name}", rule="RMM-090")
+    def number(text: str) -> int | float:
+        value = int(text) if text.lstrip("-").isdecimal() and len(text) < 20 else float(text)
+        if not math.isfinite(value):
+            raise FormatError(f"metadata holds the number {text[:40]}", rule="RMM-090")
+        return value
 
     try:
         text = raw.decode()
         # Depth first, since the parser recurses: brackets outside of strings.
         if _depth(text) > MAX_DEPTH:
             raise FormatError(f"metadata is nested more than {MAX_DEPTH} deep", rule="RMM-090")
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=number, parse_float=number,
+            parse_int=number,
+        )  # fmt: skip
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8
+    except (RecursionError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"metadata is not JSON: {error}", rule="RMM-090") from None
@@ -288,37 +296,52 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def check_metadata(index: Index) -> list[Violation]:
-    """RMM-090 and RMM-091."""
-    section = index.sections.get("meta")
+def read_metadata(index: Index) -> dict[str, Any] | None:
+    """Metadata of a file, None where it has none.
+
+    Raises
+    ------
+    FormatError
+        They break RMM-026, RMM-090 or RMM-091.
+    """
     raw = index.section_bytes("meta")
-    if section is None or raw is None:
-        return []
+    if raw is None:
+        return None
+    offset = index.sections["meta"].offset
     try:
         value = parse_metadata(raw)
+        wrong = fault(value)
+        if wrong is not None:
+            raise MetadataError(f"metadata: {wrong}", rule="RMM-091")
     except FormatError as error:
-        return [Violation(90, section.offset, error.message)]
-    fault = _shape_fault(value)
-    return [] if fault is None else [Violation(91, section.offset, fault)]
+        raise MetadataError(error.message, rule=error.rule, offset=offset) from None
+    return value
 
 
-def _shape_fault(value: dict[str, Any]) -> str | None:
-    """What breaks the metadata schema; the schema itself is spec/metadata.schema.json."""
-    from rmmformat.format.metadata import fault
+def check_metadata(index: Index) -> list[Violation]:
+    """RMM-090 and RMM-091."""
+    try:
+        read_metadata(index)
+    except FormatError as error:
+        return [_violation(error, index.sections["meta"].offset)]
+    return []
 
-    return fault(value)
+
+def _violation(error: FormatError, offset: int) -> Violation:
+    return Violation(int((error.rule or "RMM-026")[4:]), offset, error.message)
 
 
 def _errors(index: Index) -> list[Violation]:
     section = index.sections.get("erro")
-    if section is None or section.count == 0:
+    if section is None:
         return []
-    errors = index.table("erro")["error"]
-    if len(errors) != len(index.table("ENTR")):
+    try:
+        errors = index.table("erro")["error"]
+    except FormatError as error:
+        return [_violation(error, section.offset)]
+    if len(errors) not in (0, len(index.table("ENTR"))):
         message = f"{len(errors)} measured errors for {len(index.table('ENTR'))} entries"
         return [Violation(92, section.offset, message)]
     if np.any(errors < 0):
         return [Violation(92, section.offset, "a measured error is negative")]
     return []
-
-
