@@ -198,7 +198,9 @@ def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
     )
     parts, coefficients, restore = [], [], []
     for stack in sides:
-        part, numbers, terms = _shared(stack, [f.rank for f in factors], method, code)
+        part, numbers, terms = _shared(
+            stack.astype(np.float64, copy=False), [f.rank for f in factors], method, code
+        )
         parts.append(part)
         coefficients.append(numbers)
         restore.append(terms)

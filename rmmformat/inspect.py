@@ -1,4 +1,4 @@
-"""What a file holds and whether it is right: sizes, fidelity, validation, comparison with sources."""
+"""What a file holds and whether it is right: sizes, fidelity, comparison with sources."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ __all__ = ["Verb"]
 class _Failure(click.ClickException):
     def __init__(self, error: RmmError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads the instance
 
 
 class _Interrupted(click.ClickException):

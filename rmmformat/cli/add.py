@@ -21,18 +21,31 @@ _MUCH = 0.2
 @click.argument("file", type=click.Path())
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--replace", is_flag=True, help="Put a task in the place of one of its name.")
-@click.option("--max-error", metavar="E",
-              help="Keep the new tasks' deltas within this relative error (0.05 or 5%).")
-@click.option("--size", "part", metavar="FRACTION",
-              help="Take at most this part of the new tasks' factor bytes (0.03 or 3%).")
+@click.option(
+    "--max-error",
+    metavar="E",
+    help="Keep the new tasks' deltas within this relative error (0.05 or 5%).",
+)
+@click.option(
+    "--size",
+    "part",
+    metavar="FRACTION",
+    help="Take at most this part of the new tasks' factor bytes (0.03 or 3%).",
+)
 @click.option("--exact", is_flag=True, help="Keep the new tasks' factors bit for bit.")
 @click.option("--encoding", metavar="NAME", help="Keep all rows of the new tasks in f16, q8, ...")
 @click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
 @click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases.")
 @click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
-@click.option("--wait", type=click.FloatRange(0), default=DEFAULT_WAIT, show_default=True,
-              metavar="SECONDS", help="How long to wait for another writer.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    default=DEFAULT_WAIT,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for another writer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     file: str, sources: tuple[str, ...], replace: bool, max_error: str | None, part: str | None,

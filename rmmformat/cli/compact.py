@@ -15,8 +15,14 @@ __all__ = ["command"]
 @click.command(cls=Verb, short_help="Give back the space of tasks that were left out.")
 @click.argument("file", type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Only say what it would gain.")
-@click.option("--wait", type=click.FloatRange(0), default=DEFAULT_WAIT, show_default=True,
-              metavar="SECONDS", help="How long to wait for another writer.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    default=DEFAULT_WAIT,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for another writer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(file: str, dry_run: bool, wait: float, as_json: bool) -> None:
     """Write FILE anew without what nothing uses, and put it in the old one's place at once.

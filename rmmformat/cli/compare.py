@@ -100,7 +100,7 @@ def command(
     components: tuple[int, ...], evaluation: str | None, page: Path | None, density: float, seed: int, dense_limit: int,
     kind: str | None, allow_base_mismatch: bool, no_pickle: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Run many ways of keeping the same adapters, and show bytes, error, time and score of each.
+    """Run many ways of keeping the same adapters, and show bytes, error, time and score of each.
 
     SOURCE is what `rmm convert` takes.  Nothing is kept but the page, if one is asked for.  Methods
     that the container holds are measured on a real file.  The first column marks rows that nothing

@@ -84,7 +84,7 @@ def command(
     allow_nonfinite: bool, allow_base_mismatch: bool, no_pickle: bool, force: bool,
     ledger: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Turn adapters into one .rmm file.
+    """Turn adapters into one .rmm file.
 
     A SOURCE is an adapter folder, a folder of adapter folders, or NAME=SOURCE to choose the task's
     name.  One dial says how small or how faithful: --max-error, --size or --exact; --components and

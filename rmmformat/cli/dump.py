@@ -16,8 +16,13 @@ _WIDTH = 16
 
 @click.command(cls=Verb, short_help="Show a file as annotated hex.")
 @click.argument("file", type=click.Path())
-@click.option("--limit", type=click.IntRange(0), default=8, show_default=True,
-              help="Records of each table, and lines of each range of bytes, that are shown.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="Records of each table, and lines of each range of bytes, that are shown.",
+)
 @click.option("--all", "everything", is_flag=True, help="Show all of them.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one object a field.")
 def command(file: str, limit: int, everything: bool, as_json: bool) -> None:

@@ -18,10 +18,20 @@ __all__ = ["command"]
 @click.command(cls=Verb, short_help="Give a task back in a foreign format.")
 @click.argument("file", type=click.Path())
 @click.argument("task")
-@click.option("--to", "target_format", required=True, metavar="FORMAT",
-              help="Any exporter that `rmm formats` lists.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path),
-              help="File or folder to write.")
+@click.option(
+    "--to",
+    "target_format",
+    required=True,
+    metavar="FORMAT",
+    help="Any exporter that `rmm formats` lists.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File or folder to write.",
+)
 @click.option("--drop-private", is_flag=True, help="Leave heads and other private tensors out.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option("--ledger", is_flag=True, help="List what was written, changed and left out.")

@@ -55,8 +55,11 @@ def _show(info: FileInfo) -> None:
         key=lambda task: task.max_error or 0.0,
         default=None,
     )
-    parameters = ", ".join(f"{key} {value}" for key, value in info.method.items()
-                           if key != "name" and value is not None)
+    parameters = ", ".join(
+        f"{key} {value}"
+        for key, value in info.method.items()
+        if key != "name" and value is not None
+    )
     method = info.method.get("name", "")
     lines = [
         ("format", f"{info.version}, written by {info.producer or 'unknown'}"),

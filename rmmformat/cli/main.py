@@ -11,16 +11,28 @@ from rmmformat._version import __version__
 __all__ = ["main"]
 
 #: Verb to the module that has it as ``command``, in the order of the help text.
-VERBS = ("plan", "convert", "info", "validate", "export", "add", "remove", "compact", "compare", "dump", "formats")
+VERBS = (
+    "plan",
+    "convert",
+    "info",
+    "validate",
+    "export",
+    "add",
+    "remove",
+    "compact",
+    "compare",
+    "dump",
+    "formats",
+)
 
 
 class _Verbs(click.Group):
     """Loads a verb's module when it is asked for, so that ``rmm --help`` starts at once."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"rmmformat.cli.{cmd_name}")
@@ -36,7 +48,7 @@ class _Verbs(click.Group):
 )
 @click.version_option(__version__, prog_name="rmm")
 def main() -> None:
-    r"""A whole collection of low-rank adapters in one checked .rmm file.
+    """A whole collection of low-rank adapters in one checked .rmm file.
 
     \b
     Example:

@@ -52,7 +52,7 @@ def command(
     sources: tuple[str, ...], max_errors: tuple[str, ...], sizes: tuple[str, ...], measure: bool,
     kind: str | None, workers: int, allow_nonfinite: bool, no_pickle: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Show what the SOURCEs would take and lose at different settings; nothing is written.
+    """Show what the SOURCEs would take and lose at different settings; nothing is written.
 
     Errors are relative Frobenius errors of deltas.  RMM as published (--components) stands beside
     for comparison; its errors, unlike its sizes, are known only with --measure.

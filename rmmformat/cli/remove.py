@@ -16,8 +16,14 @@ __all__ = ["command"]
 @click.argument("file", type=click.Path())
 @click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
 @click.option("--dry-run", is_flag=True, help="Only say what would happen.")
-@click.option("--wait", type=click.FloatRange(0), default=DEFAULT_WAIT, show_default=True,
-              metavar="SECONDS", help="How long to wait for another writer.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    default=DEFAULT_WAIT,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for another writer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     file: str, tasks: tuple[str, ...], dry_run: bool, wait: float, as_json: bool

@@ -7,16 +7,20 @@ import click
 from rmmformat.cli._exit import Verb
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar
 from rmmformat.collection import open_collection
-from rmmformat.pipeline import open_sources
 from rmmformat.inspect import compare_with_sources, validate_path
+from rmmformat.pipeline import open_sources
 
 __all__ = ["command"]
 
 
 @click.command(cls=Verb, short_help="Check a file against the specification.")
 @click.argument("file", type=click.Path())
-@click.option("--against", multiple=True, metavar="SOURCE",
-              help="Also measure each task against its original; may be given again.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="SOURCE",
+    help="Also measure each task against its original; may be given again.",
+)
 @click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context

@@ -1,4 +1,4 @@
-"""A file as annotated hex: every field of header and index with its offset, bytes, value and rule."""
+"""A file as annotated hex: every field with its offset, bytes, value and rule."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def dump_fields(index: Index, limit: int | None = None) -> Iterator[Field]:
         yield from _record("section", layout.SECTION, data, at, f"section {name}", 0)
     for name, section in index.sections.items():
         record = layout.RECORDS.get(name)
-        raw = data[section.offset : section.offset + section.length]
+        content = data[section.offset : section.offset + section.length]
         if name == "STRS":
             position = section.offset
             for i, string in enumerate(index.strings[:limit]):
@@ -88,7 +88,7 @@ def dump_fields(index: Index, limit: int | None = None) -> Iterator[Field]:
                 yield Field(position, stored, f"STRS {i}", "string", string, "RMM-030")
                 position += len(stored)
         elif record is None or name == "meta" or section.coding:
-            shown = bytes(raw if limit is None else raw[: limit * 16])
+            shown = bytes(content if limit is None else content[: limit * 16])
             coding = "deflated" if section.coding else "as it is"
             value = f"{section.length} bytes, {coding}"
             rule = "RMM-090" if name == "meta" else ""
@@ -133,7 +133,7 @@ def _record(
 
 def _show(value: Any, name: str) -> str:
     if isinstance(value, (np.void, bytes)):
-        raw = bytes(value)
+        raw = value if isinstance(value, bytes) else value.tobytes()
         return "zero" if not any(raw) else repr(raw)[1:]
     if isinstance(value, np.ndarray):
         return " ".join(str(item) for item in value.tolist())

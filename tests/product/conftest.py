@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rmmformat.model import Factors, LedgerLine, PrivateInfo, Role, SourceFile, TargetInfo, TargetShape
+from rmmformat.model import (
+    Factors,
+    LedgerLine,
+    PrivateInfo,
+    Role,
+    SourceFile,
+    TargetInfo,
+    TargetShape,
+)
 
 
 class MemoryTask:

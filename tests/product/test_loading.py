@@ -176,7 +176,7 @@ def test_many_threads_read_one_collection(path: Path) -> None:
 
 def test_what_is_not_there_is_named_with_what_is(path: Path) -> None:
     with rmm.open(path) as collection:
-        with pytest.raises(NotFoundError, match="no task is called 'tsk1'.*There is task1"):
+        with pytest.raises(NotFoundError, match=r"no task is called 'tsk1'.*There is task1"):
             collection.load("tsk1")
         with pytest.raises(NotFoundError, match=r"no target 'layer\.9'.*There is layer\."):
             collection.load("task1")["layer.9"]

@@ -1,4 +1,4 @@
-"""A task that went through a file makes the real encoder say what its original adapter makes it say."""
+"""A task from a file makes the real encoder say what its original adapter makes it say."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import rmmformat as rmm
 from rmmformat.inspect import file_info
 from rmmformat.merge.error import relative_error
 from rmmformat.merge.rmm import storage_fraction
-from rmmformat.pipeline import convert, open_sources
 from rmmformat.methods import choose_method
+from rmmformat.pipeline import convert, open_sources
 
 from .conftest import make_tasks
 
@@ -88,9 +88,7 @@ def test_every_grouping_and_encoding_comes_back_as_recorded(
 ) -> None:
     tasks = make_tasks(4, rank=lambda t: 2 + t)
     path = tmp_path / "x.rmm"
-    report = convert(
-        tasks, path, choose_method(components=2, grouping=grouping, encoding=encoding)
-    )
+    report = convert(tasks, path, choose_method(components=2, grouping=grouping, encoding=encoding))
     with rmm.open(path) as collection:
         assert collection.validate().ok
         for task, told in zip(tasks, report.tasks, strict=True):
@@ -100,9 +98,7 @@ def test_every_grouping_and_encoding_comes_back_as_recorded(
                 want, got = task.factors(target), loaded[target]
                 assert got.A.shape == want.A.shape
                 assert got.B.shape == want.B.shape
-                errors.append(
-                    relative_error(want.A, want.B, want.scale, got.A, got.B, got.scale)
-                )
+                errors.append(relative_error(want.A, want.B, want.scale, got.A, got.B, got.scale))
             assert max(errors) == pytest.approx(told.max_error, rel=1e-6)
             assert np.mean(errors) == pytest.approx(told.mean_error, rel=1e-6)
 
