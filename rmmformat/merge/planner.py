@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from rmmformat.errors import ShapeError
 
-__all__ = ["Allocation", "Spectra", "allocate", "predict", "steps_for_error"]
+__all__ = ["Allocation", "Spectra", "allocate", "predict", "steps_for_error", "value_bits"]
 
 F64 = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -40,6 +40,12 @@ SLOPE = 1.53
 FINEST = 16000.0
 #: How a step follows the error of its entry, see :func:`allocate`.
 EXPONENT = 0.25
+
+
+def value_bits(octaves: F64) -> F64:
+    """Bits that the trellis takes for a value, by octaves of its row's deviation over its step."""
+    bits: F64 = np.maximum(octaves + np.interp(octaves, _OCTAVES, _EXCESS), 0.03)
+    return bits
 
 
 @dataclasses.dataclass(frozen=True)

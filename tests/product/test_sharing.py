@@ -1,0 +1,164 @@
+"""What tasks share is found, and pays; where nothing is shared nothing is lost."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import rmmformat as rmm
+from rmmformat import planned
+from rmmformat.coding import MaxError, Method, Size
+from rmmformat.inspect import compare_with_sources
+from rmmformat.model import Factors
+from rmmformat.pipeline import ConvertReport, convert
+
+from .conftest import MemoryTask
+
+F64 = npt.NDArray[np.float64]
+N_IN, N_OUT = 192, 160
+
+
+def task(name: str, a: F64, b: F64) -> MemoryTask:
+    return MemoryTask(name, {"layer": Factors(a.astype("f4"), b.astype("f4"), 2.0)})
+
+
+def one_row_space(n: int, ranks: tuple[int, ...] = (6,), outlier: bool = False) -> list[MemoryTask]:
+    """Rows of A are combinations of the same 8, in other ones for each task."""
+    rng = np.random.default_rng(5)
+    space = rng.standard_normal((8, N_IN))
+    tasks = []
+    for t in range(n):
+        rank = ranks[t % len(ranks)]
+        mixing = 0.6 ** np.arange(rank)[:, None] * rng.standard_normal((rank, 8))
+        a = mixing @ space
+        if outlier and t == n - 1:
+            a = rng.standard_normal((rank, N_IN))
+        tasks.append(task(f"t{t:02}", a, rng.standard_normal((N_OUT, rank))))
+    return tasks
+
+
+def one_start(n: int) -> list[MemoryTask]:
+    """The same delta, each task having moved away a little in both factors."""
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((8, N_IN)), rng.standard_normal((N_OUT, 8))
+    return [
+        task(
+            f"t{t:02}",
+            a + 0.1 * rng.standard_normal(a.shape),
+            b + 0.1 * rng.standard_normal(b.shape),
+        )
+        for t in range(n)
+    ]
+
+
+def unrelated(n: int) -> list[MemoryTask]:
+    rng = np.random.default_rng(7)
+    return [
+        task(f"t{t:02}", rng.standard_normal((8, N_IN)), rng.standard_normal((N_OUT, 8)))
+        for t in range(n)
+    ]
+
+
+def both(
+    tasks: list[MemoryTask], method: Method, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ConvertReport, ConvertReport]:
+    """Shared and alone; every recorded error is what the reader's factors give."""
+    report = convert(tasks, folder / "shared.rmm", method)
+    with rmm.open(folder / "shared.rmm") as collection:
+        found = collection.validate()
+        assert found.ok, found.violations
+        for comparison in compare_with_sources(collection, tasks):
+            assert not comparison.problems
+    with monkeypatch.context() as patch:
+        patch.setattr(planned, "frames", lambda *_: [])
+        alone = convert(tasks, folder / "alone.rmm", method, overwrite=True)
+    return report, alone
+
+
+@pytest.mark.parametrize(
+    ("tasks", "bound", "gain"),
+    [
+        (one_row_space(24), 0.1, 1.55),
+        (one_row_space(8), 0.1, 1.2),
+        (one_row_space(24, (6, 3, 8)), 0.1, 1.35),
+        (one_start(12), 0.1, 1.6),
+        (one_start(12), 0.25, 4.5),
+    ],
+)
+def test_gain_at_equal_error(
+    tasks: list[MemoryTask],
+    bound: float,
+    gain: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared, alone = both(tasks, MaxError(bound), tmp_path, monkeypatch)
+    assert shared.max_error <= bound
+    assert alone.factor_bytes / shared.factor_bytes > gain
+
+
+def test_gain_grows_with_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains = []
+    for n in (4, 8, 16, 48):
+        shared, alone = both(one_row_space(n), MaxError(0.1), tmp_path, monkeypatch)
+        (tmp_path / "shared.rmm").unlink()
+        gains.append(alone.factor_bytes / shared.factor_bytes)
+    assert gains == sorted(gains)
+    assert gains[-1] > 1.6
+
+
+@pytest.mark.parametrize("method", [MaxError(0.1), MaxError(0.5), Size(0.05)])
+def test_no_loss_where_nothing_is_shared(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(unrelated(6), method, tmp_path, monkeypatch)
+    assert (tmp_path / "shared.rmm").read_bytes() == (tmp_path / "alone.rmm").read_bytes()
+
+
+@pytest.mark.parametrize("tasks", [one_row_space(24), one_start(12), one_row_space(12, (6, 3, 8))])
+@pytest.mark.parametrize("size", [0.02, 0.06, 0.15])
+def test_a_size_buys_less_error(
+    tasks: list[MemoryTask], size: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, alone = both(tasks, Size(size), tmp_path, monkeypatch)
+    assert shared.fraction <= size
+    assert shared.mean_error < 0.92 * alone.mean_error
+
+
+def test_one_that_shares_nothing_stands_alone(tmp_path: Path) -> None:
+    tasks = one_row_space(24, outlier=True)
+    report = convert(tasks, tmp_path / "x.rmm", MaxError(0.1))
+    assert report.max_error <= 0.1
+    own = {item.name: item.max_error for item in report.tasks}
+    assert own["t23"] <= 0.1
+
+
+def test_equal_ones_are_still_stored_once(tmp_path: Path) -> None:
+    tasks = one_row_space(12)
+    first = convert(tasks, tmp_path / "a.rmm", MaxError(0.1))
+    twin = [MemoryTask(f"z{t}", tasks[0]._factors) for t in range(3)]
+    second = convert([*tasks, *twin], tmp_path / "b.rmm", MaxError(0.1))
+    assert second.max_error <= 0.1
+    assert second.factor_bytes < 1.12 * first.factor_bytes
+
+
+def test_the_file_does_not_depend_on_the_workers(tmp_path: Path) -> None:
+    tasks = one_start(6)
+    convert(tasks, tmp_path / "a.rmm", MaxError(0.1))
+    with ProcessPoolExecutor(2) as executor:
+        convert(tasks, tmp_path / "b.rmm", MaxError(0.1), executor=executor)
+    assert (tmp_path / "a.rmm").read_bytes() == (tmp_path / "b.rmm").read_bytes()
+
+
+def test_scales_of_tasks_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = []
+    for t, item in enumerate(one_row_space(16)):
+        layer = item._factors["layer"]
+        tasks.append(task(f"t{t:02}", layer.A.astype("f8") * 10.0 ** (t - 8), layer.B.astype("f8")))
+    shared, alone = both(tasks, MaxError(0.1), tmp_path, monkeypatch)
+    assert shared.max_error <= 0.1
+    assert alone.factor_bytes > 1.3 * shared.factor_bytes
