@@ -52,6 +52,8 @@ F64 = npt.NDArray[np.float64]
 
 #: How often a frame is made anew for the steps that sharing allows.
 _ROUNDS = 3
+#: Most deltas of a target that a frame is made of.
+_SAMPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,17 +173,19 @@ def code_to_error(plan: ErrorPlan, factors: Sequence[Factors]) -> CodedTarget:
     groups = _distinct(factors)
     originals = [factors[members[0]] for members in groups]
     coded = [within_error(original, plan.max_error) for original in originals]
-    deltas, plans = {}, {}
+    plans = {}
     for number in _candidates(groups, originals):
-        delta = Delta(originals[number])
-        step, count = plan_error(delta, plan.max_error)
-        if step > 0 and delta.norm > 0:
-            deltas[number], plans[number] = delta, (step, count)
+        step, count = plan_error(Delta(originals[number]), plan.max_error)
+        if step > 0:
+            plans[number] = (step, count)
+    sample = {number: Delta(originals[number]) for number in _sample(list(plans))}
+    steps = {number: plans[number][0] for number in sample}
     best, shared = coded, None
-    for frame in _frames(deltas, {number: step for number, (step, _) in plans.items()}):
+    for frame in _frames(sample, steps, len(plans)):
         trial = list(coded)
-        for number, delta in deltas.items():
-            found = search(FramedDelta(delta, frame), plan.max_error, *plans[number])
+        for number, planned in plans.items():
+            delta = sample[number] if number in sample else Delta(originals[number])
+            found = search(FramedDelta(delta, frame), plan.max_error, *planned)
             if found.error <= plan.max_error and found.n_bytes < coded[number].n_bytes:
                 trial[number] = found
         if _total(trial, frame) < _total(best, shared):
@@ -217,8 +221,8 @@ def code_to_size(plan: SizePlan, factors: Sequence[Factors]) -> CodedTarget:
     members = [n for n in _candidates(groups, originals) if n in deltas and deltas[n].norm > 0]
     # What is saved goes into finer steps, for which another frame may be the best.
     for _ in range(_ROUNDS if values else 0):
-        chosen = {n: deltas[n] for n in members}
-        tried = _frames(chosen, {n: steps[n] * factor for n in members})
+        sample = {n: deltas[n] for n in _sample(members)}
+        tried = _frames(sample, {n: steps[n] * factor for n in sample}, len(members))
         results = [(*_fit_frame(f, deltas, members, steps, budget, factor), f) for f in tried]
         results = [result for result in results if _sum_error(result[0]) < _sum_error(best)]
         if not results:
@@ -264,21 +268,25 @@ def _count(delta: Delta, step: float) -> int:
 
 def _candidates(groups: Sequence[Sequence[int]], originals: Sequence[Factors]) -> list[int]:
     """Deltas that may share: those of one task (equal ones are stored once as it is)."""
-    return [
-        number
-        for number, (members, original) in enumerate(zip(groups, originals, strict=True))
-        if len(members) == 1 and finite(original) and within_range(_norm(original))
-    ]
+    found = []
+    for number, (members, original) in enumerate(zip(groups, originals, strict=True)):
+        if len(members) == 1 and finite(original):
+            norm = float(np.linalg.norm(delta_svd(original.A, original.B)[1]))
+            if norm > 0 and within_range(norm):
+                found.append(number)
+    return found
 
 
-def _norm(original: Factors) -> float:
-    return float(np.linalg.norm(delta_svd(original.A, original.B)[1]))
+def _sample(numbers: Sequence[int]) -> list[int]:
+    """Those that a frame is made of: evenly spread, and bounded whatever their number."""
+    places = np.linspace(0, len(numbers) - 1, min(len(numbers), _SAMPLE)).round().astype(int)
+    return [numbers[place] for place in places]
 
 
-def _frames(deltas: Mapping[int, Delta], steps: Mapping[int, float]) -> list[Frame]:
-    if len(deltas) < 2:
+def _frames(sample: Mapping[int, Delta], steps: Mapping[int, float], tasks: int) -> list[Frame]:
+    if tasks < 2:
         return []
-    return frames(list(deltas.values()), [steps[number] for number in deltas])
+    return frames(list(sample.values()), [steps[number] for number in sample], tasks)
 
 
 def _total(coded: Sequence[Coded], frame: Frame | None) -> int:

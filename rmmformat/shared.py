@@ -73,14 +73,14 @@ class Frame:
         return 88 + sum(part.n_bytes for part in (self.a, self.b) if part is not None)
 
 
-def frames(deltas: Sequence[Delta], steps: Sequence[float]) -> list[Frame]:
-    """Frames that may pay at these steps: none where nothing is shared."""
+def frames(deltas: Sequence[Delta], steps: Sequence[float], tasks: int) -> list[Frame]:
+    """Frames that may pay at these steps, for as many tasks, of which `deltas` are a sample."""
     step = float(np.exp(np.mean(np.log(steps))))
-    found = [_row_spaces(deltas, steps), _common(deltas, step)]
+    found = [_row_spaces(deltas, steps, tasks), _common(deltas, step, tasks)]
     return [frame for frame in found if frame is not None]
 
 
-def _row_spaces(deltas: Sequence[Delta], steps: Sequence[float]) -> Frame | None:
+def _row_spaces(deltas: Sequence[Delta], steps: Sequence[float], tasks: int) -> Frame | None:
     rank = max(delta.original.rank for delta in deltas)
     parts: list[_Part | None] = []
     for is_a in (True, False):
@@ -93,13 +93,12 @@ def _row_spaces(deltas: Sequence[Delta], steps: Sequence[float]) -> Frame | None
         if not sum(map(len, stack)):
             return None
         directions, energy = subspace(stack)
-        q = n_directions(sides, directions, energy, rank)
+        q = n_directions(sides, directions, energy, rank, tasks)
         if q == 0:
             parts.append(None)
             continue
-        raw, read = trellis.encode_rows(
-            directions[:q].astype(np.float32), 1.0 / np.sqrt(energy[:q]), tied=True
-        )
+        fine = np.sqrt(len(deltas) / tasks / energy[:q])
+        raw, read = trellis.encode_rows(directions[:q].astype(np.float32), fine, tied=True)
         basis = EncodedArray(((trellis.CODE, q),), (raw,))
         length = directions.shape[1]
         parts.append(_Part(FramePart(length, q, rank, None, basis, row_mixing=True), None, read))
@@ -108,7 +107,7 @@ def _row_spaces(deltas: Sequence[Delta], steps: Sequence[float]) -> Frame | None
     return Frame(parts[0], parts[1], None)
 
 
-def _common(deltas: Sequence[Delta], step: float) -> Frame | None:
+def _common(deltas: Sequence[Delta], step: float, tasks: int) -> Frame | None:
     if len({delta.original.rank for delta in deltas}) > 1:
         return None
     factors = []
@@ -121,7 +120,7 @@ def _common(deltas: Sequence[Delta], step: float) -> Frame | None:
     gauge, mean_a, mean_b, left_a, left_ab = found
     if min(left_a, left_ab) > _ALIKE:
         return None
-    fine = step / np.sqrt(len(deltas))
+    fine = step / np.sqrt(tasks)
     rank = len(mean_a)
     raw, read = trellis.encode_rows(mean_a.astype(np.float32), np.full(rank, fine), tied=False)
     array = EncodedArray(((trellis.CODE, rank),), (raw,))

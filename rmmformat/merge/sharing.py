@@ -126,7 +126,9 @@ def _coefficient_costs(mean_square: F64, rank: int, active: int) -> F64:
     return costs
 
 
-def n_directions(sides: Sequence[Side], directions: F64, energy: F64, rank: int) -> int:
+def n_directions(
+    sides: Sequence[Side], directions: F64, energy: F64, rank: int, tasks: int | None = None
+) -> int:
     """How many shared directions cost least; 0 if none are worth it.
 
     Parameters
@@ -137,8 +139,11 @@ def n_directions(sides: Sequence[Side], directions: F64, energy: F64, rank: int)
         What :func:`subspace` gives of their weighted rows.
     rank
         Of the factors: each direction has that many coefficients.
+    tasks
+        How many there are, where `sides` are only some of them.
     """
     n, length = len(sides), directions.shape[1]
+    part = n / (tasks or n)
     most = len(directions)
     grid = np.array([0, *(q for q in _GRID if q < most), most])
     costs = np.zeros(len(grid))
@@ -157,9 +162,10 @@ def n_directions(sides: Sequence[Side], directions: F64, energy: F64, rank: int)
             (side.weight[:, None] * squares).sum(axis=0) + 8 * SLOPE,
         )
         costs += np.cumsum(np.concatenate([[0.0], mine]))[grid]
-    octaves = 0.5 * np.log2(np.maximum(energy / length, 1e-30))
+    octaves = 0.5 * np.log2(np.maximum(energy / part / length, 1e-30))
     basis = length + SLOPE * (length * value_bits(octaves) + 8)
-    costs += np.cumsum(np.concatenate([[0.0], basis]))[grid] + np.where(grid > 0, SLOPE * 250, 0)
+    costs += part * np.cumsum(np.concatenate([[0.0], basis]))[grid]
+    costs += np.where(grid > 0, part * SLOPE * 250, 0)
     # A run of coefficients has its own length, base and state.
     costs += np.where(grid > 0, SLOPE * 8 * 7 * n, 0)
     return int(grid[costs.argmin()])

@@ -162,3 +162,11 @@ def test_scales_of_tasks_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shared, alone = both(tasks, MaxError(0.1), tmp_path, monkeypatch)
     assert shared.max_error <= 0.1
     assert alone.factor_bytes > 1.3 * shared.factor_bytes
+
+
+def test_a_frame_may_be_made_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "_SAMPLE", 8)
+    for tasks, gain in ((one_row_space(24), 1.5), (one_start(12), 1.5)):
+        shared, alone = both(tasks, MaxError(0.1), tmp_path, monkeypatch)
+        (tmp_path / "shared.rmm").unlink()
+        assert alone.factor_bytes > gain * shared.factor_bytes
