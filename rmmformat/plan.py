@@ -110,8 +110,8 @@ def plan(
     measure
         Code the collection at every setting, in a temporary folder, and report what came out.
         Otherwise the planner's model tells, from the singular values of the deltas: bytes and mean
-        errors of real adapters come out within 1 % of it where tasks share nothing.  What they share
-        is not foreseen: files can be smaller, or less in error, than this says, never the reverse.
+        errors of real adapters come out within 1 % of it where tasks share nothing.  What they
+        share is not foreseen: it makes files smaller, or their errors, than this says.
     executor, progress
         As :func:`rmmformat.pipeline.convert` takes them.
 

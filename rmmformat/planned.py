@@ -52,6 +52,8 @@ F64 = npt.NDArray[np.float64]
 
 #: How often a frame is made anew for the steps that sharing allows.
 _ROUNDS = 3
+#: A further round is of use if it lowers the error to this part of it.
+_WORTH_A_ROUND = 0.99
 #: Most deltas of a target that a frame is made of.
 _SAMPLE = 128
 
@@ -224,7 +226,8 @@ def code_to_size(plan: SizePlan, factors: Sequence[Factors]) -> CodedTarget:
         sample = {n: deltas[n] for n in _sample(members)}
         tried = _frames(sample, {n: steps[n] * factor for n in sample}, len(members))
         results = [(*_fit_frame(f, deltas, members, steps, budget, factor), f) for f in tried]
-        results = [result for result in results if _sum_error(result[0]) < _sum_error(best)]
+        bound = _sum_error(best) * (1.0 if shared is None else _WORTH_A_ROUND)
+        results = [result for result in results if _sum_error(result[0]) < bound]
         if not results:
             break
         best, factor, shared = min(results, key=lambda result: _sum_error(result[0]))
