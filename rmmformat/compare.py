@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rmmformat._version import __version__
+from rmmformat.blas import with_one_thread
 from rmmformat.collection import open_collection
 from rmmformat.contenders import Computed, Contender, Delta, Dense, Stored, survey_target
 from rmmformat.errors import OptionError, RmmError, UnsupportedError
@@ -191,7 +192,7 @@ def compare(
             if isinstance(contender, Stored):
                 found.append(_stored(contender, targets, options, step))
             else:
-                found.append(_computed(contender, targets, options, step))
+                found.append(with_one_thread(_computed, contender, targets, options, step))
         step(1, 1)
     return Comparison(
         f"rmmformat {__version__}",

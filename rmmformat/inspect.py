@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rmmformat.blas import with_one_thread
 from rmmformat.collection import Collection
 from rmmformat.errors import FormatError, NotFoundError, UnsupportedError
 from rmmformat.format import layout
@@ -346,7 +347,7 @@ def compare_with_sources(
     """
     results = []
     for number, source in enumerate(tasks, 1):
-        results.append(_compare(collection, source))
+        results.append(with_one_thread(_compare, collection, source))
         if progress is not None:
             progress(number, len(tasks))
     return results
@@ -385,4 +386,3 @@ def _compare(collection: Collection, source: SourceTask) -> Comparison:
 
 def _literal(name: str) -> str:
     return glob.escape(name)
-

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rmmformat.blas import with_one_thread
 from rmmformat.coding import CodedTarget, Method, code_target
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.registry import collect
@@ -326,7 +327,8 @@ def map_targets(
     """Apply each target's function to its factors; with an executor a few are under way at once."""
     if executor is None:
         for key, members in by_target.items():
-            yield key, function_of(key)([task.factors(key.name) for task in members])
+            factors = [task.factors(key.name) for task in members]
+            yield key, with_one_thread(function_of(key), factors)
         return
     ahead = 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
     running: dict[Future[T], TargetKey] = {}
@@ -340,7 +342,8 @@ def map_targets(
                     exhausted = True
                     break
                 factors = [task.factors(following.name) for task in by_target[following]]
-                running[executor.submit(function_of(following), factors)] = following
+                future = executor.submit(with_one_thread, function_of(following), factors)
+                running[future] = following
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     finally:

@@ -24,6 +24,7 @@ from rmmformat.model import TargetKind, TargetShape
 __all__ = [
     "Blob",
     "Catalog",
+    "EncodedSection",
     "Entry",
     "Extent",
     "Form",
@@ -33,7 +34,6 @@ __all__ = [
     "Private",
     "TargetKey",
     "Task",
-    "EncodedSection",
     "encode_index",
     "encode_metadata",
     "encode_sections",
