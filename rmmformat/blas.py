@@ -2,8 +2,8 @@
 
 A target is hundreds of products and decompositions of matrices with a few dozen columns.  For
 those a threaded BLAS is slower than one thread, on a busy machine by a factor of ten (measured:
-1.2 s against 3.5 to 35 s for one conversion on two cores), and its sums may depend on how many threads
-there are.  Parallel work is done over targets instead.
+1.2 s against 3.5 to 35 s for one conversion on two cores), and its sums may depend on how many
+threads there are.  Parallel work is done over targets instead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ _USERS = _Users()
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Limit BLAS to one thread within the block, in any number of threads at once."""
+    """Limit BLAS to one thread within the block, in any number of threads at once.
+
+    Blocks of helper threads should lie within one of the thread that waits for them: OpenBLAS
+    (0.3.31, seen on Linux) does not take a larger number from another thread than the one that set
+    the smaller.
+    """
     with _USERS.lock:
         if _USERS.count == 0:
             _USERS.limit = _controller().limit(limits=1, user_api="blas")

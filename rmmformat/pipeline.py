@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rmmformat.blas import with_one_thread
+from rmmformat.blas import one_thread, with_one_thread
 from rmmformat.coding import CodedTarget, Method, code_target
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.registry import collect
@@ -325,10 +325,19 @@ def map_targets(
     executor: Executor | None,
 ) -> Iterator[tuple[TargetKey, T]]:
     """Apply each target's function to its factors; with an executor a few are under way at once."""
+    with one_thread():
+        yield from _map_targets(function_of, by_target, executor)
+
+
+def _map_targets(
+    function_of: Callable[[TargetKey], Callable[[Sequence[Factors]], T]],
+    by_target: Mapping[TargetKey, list[SourceTask]],
+    executor: Executor | None,
+) -> Iterator[tuple[TargetKey, T]]:
     if executor is None:
         for key, members in by_target.items():
             factors = [task.factors(key.name) for task in members]
-            yield key, with_one_thread(function_of(key), factors)
+            yield key, function_of(key)(factors)
         return
     ahead = 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
     running: dict[Future[T], TargetKey] = {}
