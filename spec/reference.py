@@ -1,8 +1,8 @@
 """Reader and validator of ``.rmm`` files, written from the text of ``rmm-1.md`` alone.
 
 It is slow and short, to be read beside the text; no code is shared with any other reader.
-``open_file`` refuses a file at the first rule marked "open" that it breaks.  ``validate`` lists that
-rule or, if there is none, all rules marked "load" and "validate" that the file breaks.
+``open_file`` refuses a file at the first rule marked "open" that it breaks.  ``validate`` lists
+that rule or, if there is none, all rules marked "load" and "validate" that the file breaks.
 
 ``python reference.py FILE`` lists the tasks of a file and the rules that it breaks.
 """
@@ -564,7 +564,8 @@ class Collection:
         """6.1 TASK and ENTR, RMM-057 to RMM-063."""
         targets, forms = self.table["TARG"], self.table["FORM"]
         ids = [x.target for x in self.table["TLST"][t.first_target : t.first_target + t.n_entries]]
-        fits = len(ids) == t.n_entries and all(a < b for a, b in pairwise(ids))
+        fits = t.first_target + t.n_entries <= len(self.table["TLST"])
+        fits = fits and all(a < b for a, b in pairwise(ids))
         fits = fits and max(ids, default=-1) < len(targets)
         fits = fits and len({targets[x].name for x in ids}) == len(ids)
         need(fits, "RMM-057", at, f"targets {ids[:8]}")
@@ -752,7 +753,7 @@ class Collection:
     def payload(
         self, arrays: Any, offset: int, x: Any, at: int, rule: str, crc_rule: str
     ) -> Iterator[Fault]:
-        """RMM-080, 081, 085 to 088 for one entry or frame; its contents only if its crc is right."""
+        """RMM-080, 081, 085 to 088 for one entry or frame; contents only if its crc is right."""
         if crc32c(self.data[offset : offset + x.length]) != x.crc:
             yield crc_rule, offset, "wrong crc"
             return

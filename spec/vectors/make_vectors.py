@@ -733,7 +733,6 @@ def privates(s: Set) -> None:
         "unknown role, sharing one blob under other names and dtypes.",
     )
 
-
     content = r.randbytes(100)
     each = [Private(f"name{i:02d}", 6, (100,), content) for i in range(40)]
     s.valid(
@@ -951,7 +950,7 @@ def zeros_only(n_in: int, n_out: int) -> dict[str, Any]:
 
     def factor(rows: int, columns: int) -> dict[str, Any]:
         digest = hashlib.sha256(bytes(4 * rows * columns)).hexdigest()
-        return {"shape": [rows, columns], "sha256": digest, "first": [0.0.hex()] * 4}
+        return {"shape": [rows, columns], "sha256": digest, "first": [(0.0).hex()] * 4}
 
     entry = {
         "target": "t", "n_in": n_in, "n_out": n_out, "kind": 0, "transposed": False, "kernel": [],
@@ -989,8 +988,8 @@ def limits(more: int = 0) -> tuple[Collection, Callable[[Draft], Token], dict[st
     return c, resized(n_in + more, 77), zeros_only(n_in, 77)
 
 
-def work(more: int = 0) -> tuple[Collection, Callable[[Draft], Token], dict[str, Any]]:
-    """RMM-063 at its limit with few values, or `more` components than that in B."""
+def work() -> tuple[Collection, Callable[[Draft], Token], dict[str, Any]]:
+    """RMM-063 at its limit with few values."""
     c = one_frame(2**12 - 1)
     half = 2 * len(Draft(c).pack())
     return c, resized(half, half), zeros_only(half, half)
@@ -1980,6 +1979,13 @@ def task_rules(s: Set) -> None:
         pair(2),
         "first_target + n_entries is 1 in 64 bits.",
         put("TASK", 0, first_target=2**64 - 1),
+    )
+    s.broken(
+        "057g-empty",
+        "v-task-empty",
+        x,
+        "An empty list that starts behind TLST.",
+        more(first_target=2**32),
     )
 
     def grown(d: Draft) -> Token:
