@@ -98,7 +98,8 @@ def _show_methods(ctx: click.Context, _param: object, value: bool) -> None:
 def command(
     sources: tuple[str, ...], methods: tuple[str, ...] | None, sizes: tuple[float, ...],
     components: tuple[int, ...], evaluation: str | None, page: Path | None, density: float,
-    seed: int, dense_limit: int, kind: str | None, allow_base_mismatch: bool, no_pickle: bool, force: bool, as_json: bool,
+    seed: int, dense_limit: int, kind: str | None, allow_base_mismatch: bool, no_pickle: bool,
+    force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run many ways of keeping the same adapters, and show bytes, error, time and score of each.
 
