@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo test check lint vectors clean
+.PHONY: demo test check lint fuzz vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -44,6 +44,16 @@ $(VENV)/.done: requirements-test.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	touch $@
+
+# -- fuzzing (clang with libFuzzer) ---------------------------------------------------------------
+
+SECONDS ?= 60
+
+fuzz:
+	$(MAKE) -C native BUILD=$(abspath build/fuzz) fuzz
+	mkdir -p build/fuzz/corpus && cp spec/vectors/*/*.rmm build/fuzz/corpus/
+	build/fuzz/fuzz_load build/fuzz/corpus -max_total_time=$(SECONDS) -max_len=4096 -rss_limit_mb=1500
+	build/fuzz/fuzz_validate build/fuzz/corpus -max_total_time=$(SECONDS) -max_len=4096 -rss_limit_mb=1500
 
 vectors: $(VENV)/.done
 	$(BIN)/python spec/vectors/make_vectors.py

@@ -16,7 +16,7 @@ enum class SlotState { EMPTY, VALID, DAMAGED_CRC, DAMAGED_SEQUENCE };
 
 SlotState slot_state(const uint8_t* slot, int number) {
     if (all_zero(slot, SLOT_BYTES)) return SlotState::EMPTY;
-    if (crc32c(0, slot, 124) != u32(slot + 124)) return SlotState::DAMAGED_CRC;
+    if (!crc_fits(u32(slot + 124), crc32c(0, slot, 124))) return SlotState::DAMAGED_CRC;
     uint64_t sequence = u64(slot);
     bool fits = number == 0 ? sequence % 2 == 1 : sequence % 2 == 0 && sequence != 0;
     return fits ? SlotState::VALID : SlotState::DAMAGED_SEQUENCE;  // RMM-011
@@ -55,7 +55,7 @@ bool read_preamble(Index& index, Report& report) {
         return false;
     }
     uint32_t stored = u32(data + 60), computed = crc32c(0, data, 60);
-    if (stored != computed) {
+    if (!crc_fits(stored, computed)) {
         report.broken(4, 60, "the preamble's crc is 0x%08x, its bytes give 0x%08x", stored, computed);
     }
     if (!all_zero(data + 16, 44)) {

@@ -150,7 +150,8 @@ def predict(spectra: Spectra, steps: F64) -> Allocation:
         Where exact storage is cheaper, its step is 0, its error 0, and its bytes are those.
     """
     energy, n_in, n_out = spectra.energy, spectra.n_in[:, None], spectra.n_out[:, None]
-    noise = np.maximum(DISTORTION * steps * steps, 1e-300)[:, None]
+    squares = np.maximum(steps * steps, 1e-300)[:, None]
+    noise = DISTORTION * squares
     with np.errstate(divide="ignore"):
         lost_a = np.minimum(1.0, n_in * noise / np.where(energy > 0, energy, 1e-300))
         lost_b = np.minimum(1.0, n_out * noise / np.where(energy > 0, energy, 1e-300))
@@ -162,7 +163,7 @@ def predict(spectra: Spectra, steps: F64) -> Allocation:
     bits = np.zeros(len(counts))
     restored = energy * active
     for n in (n_in, n_out):
-        octaves = 0.5 * np.log2(np.where(active, energy / (n * (steps * steps)[:, None]), 1.0))
+        octaves = 0.5 * np.log2(np.where(active, energy / (n * squares), 1.0))
         distortion = np.interp(octaves, _OCTAVES, _DISTORTION)
         restored *= np.maximum(0.0, 1.0 - distortion / np.exp2(2.0 * octaves))
         bits += (n * (octaves + np.interp(octaves, _OCTAVES, _EXCESS)) * active).sum(axis=1)
