@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from readers import ADAPTERS, Refusal
+from reference_trellis import trellis_run
 from vectors import BY_ID
 
 native = pytest.importorskip("rmmformat._native")
@@ -35,11 +36,13 @@ def drawn(random: Random, n_rows: int, n: int) -> drafts.Trellis:
 def by_reference(data: bytes, k: int, n: int) -> tuple[int, npt.NDArray[np.float32]] | None:
     """Bytes and rows, None if the run is refused."""
     try:
-        n_bytes, rows = reference.trellis_run(data, k, n, 0)
-    except reference.Refused:
+        n_bytes, coded = trellis_run(data, k, n)
+    except ValueError:
         return None
-    zeros = np.zeros(n, np.float32)
-    return n_bytes, np.stack([zeros if row is None else row for row in rows])
+    rows = np.zeros((k, n), np.float32)
+    for number, row in coded.items():
+        rows[number] = row
+    return n_bytes, rows
 
 
 def by_native(data: bytes, k: int, n: int) -> tuple[int, npt.NDArray[np.float32]] | None:

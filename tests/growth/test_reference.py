@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,14 +18,10 @@ from .conftest import SCENARIOS, Scenario
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    path = Path(__file__).parents[2] / "spec" / "reference.py"
-    spec = importlib.util.spec_from_file_location("rmm_reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    folder = str(Path(__file__).parents[2] / "spec")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("reference")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
