@@ -18,6 +18,7 @@ from rmmformat.format.reader import Index
 __all__ = ["entry_factors", "read_arrays", "sum_terms"]
 
 Float32 = npt.NDArray[np.float32]
+ZERO = 0  # the encoding of rows that take no bytes
 
 
 def sum_terms(
@@ -67,7 +68,12 @@ def sum_terms(
 
 
 def read_arrays(
-    index: Index, start: int, end: int, arrays: list[tuple[int, int]], rule: str = "RMM-061"
+    index: Index,
+    start: int,
+    end: int,
+    arrays: list[tuple[int, int]],
+    rule: str = "RMM-061",
+    wanted: list[npt.NDArray[np.int64]] | None = None,
 ) -> list[Float32 | None]:
     """Decode the arrays of one entry or frame.
 
@@ -79,6 +85,9 @@ def read_arrays(
         Layout id and row length of each array.
     rule
         The rule that is broken if the arrays do not end at `end`: RMM-061, of a frame RMM-052.
+    wanted
+        Ordinals of the rows to give of each array, ascending; by default all.  Rows of zeros that
+        nobody wants take no memory, however many there are.
 
     Raises
     ------
@@ -86,8 +95,8 @@ def read_arrays(
         The arrays do not end at `end`, or a run is not well formed (RMM-087).
     """
     position, decoded = 0, []
-    for layout_id, row_length in arrays:
-        rows = []
+    for number, (layout_id, row_length) in enumerate(arrays):
+        rows, first = [], 0
         for code, count in index.layout_runs(layout_id):
             encoding = by_code(code, start)
             at = start + position
@@ -98,11 +107,21 @@ def read_arrays(
                     at = start + position
                 if at + n_bytes > end:
                     raise FormatError("an array ends behind its extent", rule=rule)
-                rows.append(decode_run(code, index.data[at : at + n_bytes], count, row_length))
+                raw = index.data[at : at + n_bytes]
+                if wanted is None:
+                    rows.append(decode_run(code, raw, count, row_length))
+                else:
+                    here = np.searchsorted(wanted[number], [first, first + count])
+                    chosen = wanted[number][here[0] : here[1]] - first
+                    if code == ZERO:
+                        rows.append(np.zeros((len(chosen), row_length), np.float32))
+                    else:
+                        rows.append(decode_run(code, raw, count, row_length)[chosen])
             except FormatError as error:
                 error.offset = at
                 raise
             position += n_bytes
+            first += count
         decoded.append(np.concatenate(rows) if rows else None)
     if start + position != end:
         raise FormatError(
@@ -113,16 +132,31 @@ def read_arrays(
     return decoded
 
 
-def frame_arrays(index: Index, frame: Any) -> list[Float32 | None]:
-    """Mean and basis of A, mean and basis of B, as flat lists of rows."""
+def frame_arrays(index: Index, frame: Any, rank: int | None = None) -> list[Float32 | None]:
+    """Mean and basis of A, mean and basis of B, as flat lists of rows.
+
+    With `rank`, only the rows that a task of that rank uses: the first of the mean and of each
+    vector of the basis.
+    """
     target = index.table("TARG")[frame["target"]]
     arrays = [
         (int(frame[f][array]), int(target[side]))
         for f, side in (("a", "n_in"), ("b", "n_out"))
         for array in ("mean", "basis")
     ]
+    wanted = None
+    if rank is not None:
+        wanted = [rows for f in ("a", "b") for rows in _rows_of_rank(frame[f], rank)]
     start = int(frame["offset"])
-    return read_arrays(index, start, start + int(frame["length"]), arrays, "RMM-052")
+    return read_arrays(index, start, start + int(frame["length"]), arrays, "RMM-052", wanted)
+
+
+def _rows_of_rank(part: Any, rank: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ordinals of the rows of mean and basis."""
+    components, rows = np.arange(int(part["n_components"])), np.arange(rank)
+    if part["flags"] & 1:
+        return rows, components
+    return rows, (components[:, None] * int(part["rank"]) + rows).reshape(-1)
 
 
 def entry_factors(
@@ -149,25 +183,24 @@ def entry_factors(
     shared: list[Float32 | None] = [None] * 4
     if form["cluster"]:
         frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
-        shared = frame_arrays(index, frame)
+        shared = frame_arrays(index, frame, rank)
     arrays, shapes = [], []
     for f, side in (("a", "n_in"), ("b", "n_out")):
         length = int(target[side])
-        group, mixing, n_parts = length, False, 1
+        group, mixing = length, False
         if frame is not None and frame[f]["rank"]:
             group, mixing = int(frame[f]["group"]), bool(frame[f]["flags"] & 1)
-            n_parts = int(frame[f]["rank"])
-        shapes.append((length, group, mixing, n_parts))
+        shapes.append((length, group, mixing))
         width = -(-length // group) * (rank if mixing else 1)
         arrays.append((int(form[f"coefficients_{f}"]), width))
         arrays.append((int(form[f"residual_{f}"]), length))
     start = index.entry_offsets(task)[entry] if offset is None else offset
     own = read_arrays(index, start, start + int(entry_record["length"]), arrays)
     factors = []
-    for number, (length, group, mixing, n_rows) in enumerate(shapes):
+    for number, (length, group, mixing) in enumerate(shapes):
         basis = shared[2 * number + 1]
         if basis is not None:
-            basis = basis.reshape(-1, 1 if mixing else n_rows, length)
+            basis = basis.reshape(-1, 1 if mixing else rank, length)
         factors.append(
             sum_terms(
                 rank,
