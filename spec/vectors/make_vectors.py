@@ -927,6 +927,21 @@ def containers(s: Set) -> None:
         alone("task", [(wide, runs(*[zero(700)] * rank), rows(r, [1] * rank, 1))]),
         "Many values in few bytes, below the limit.",
     )
+
+    def tall(d: Draft) -> None:
+        d.tables["TARG"][0]["n_in"] = 2**20
+        layout = zero_layout(d, 2**20)
+        d.tables["FRAM"][0] |= {"group_a": 2**20, "rank_a": 2**20, "mean_a": layout}
+
+    t = Target("t", 8, 8)
+    mean = Frame(t, Part(8, 1, runs(zero(8))), None)
+    s.valid(
+        "v-frame-tall",
+        Collection([Task("task", [Entry(t, 1, Side(), Side(), frame=mean)])], [mean]),
+        "A mean of 2^20 rows of 2^20 zeros, of which a task of rank 1 uses the first.",
+        tall,
+        expected=zeros_only(2**20, 8),
+    )
     collection, edit, expected = limits()
     s.valid(
         "v-limits",
