@@ -4,7 +4,7 @@ Every target starts with each task's delta for itself.  The two most similar gro
 all targets, become one; and again, until the groups together are as small as asked.  A group keeps
 one delta for its tasks, so the method runs from all deltas kept to one for all.
 
-Source: FlexMerge, arXiv 2505.23209 (greedy pairwise merging of blocks, by cosine similarity of the
+Source: FlexMerge (greedy pairwise merging of blocks, by cosine similarity of the
 blocks' task vectors, to a target size; any data-free merge inside a group).  Chosen here: the
 similarity of two groups is the smallest between their members, and the merge inside a group is the
 mean delta at the group's rank.
