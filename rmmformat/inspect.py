@@ -229,8 +229,8 @@ def _entry_info(index: Index, task: int, position: int, target_id: int) -> Entry
     entry, target = index.table("ENTR")[number], index.table("TARG")[target_id]
     form = index.table("FORM")[entry["form"]]
     components, layouts = [0, 0], {}
-    if form["cluster"]:
-        frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
+    frame = index.frame_of(form, target_id)
+    if frame is not None:
         components = [int(frame[part]["n_components"]) for part in ("a", "b")]
         for part in ("a", "b"):
             for array in ("mean", "basis"):

@@ -219,6 +219,35 @@ class Index:
         """Runs of a layout: encoding code, number of rows."""
         return [] if layout_id == layout.NONE else self.runs[layout_id]
 
+    def frame_of(self, form: Any, target_id: int) -> Any:
+        """Frame record that a form's cluster names at a target, or None."""
+        if not form["cluster"]:
+            return None
+        return self.table("FRAM")[self.first_frame[target_id] + int(form["cluster"]) - 1]
+
+    def frame_arrays(self, frame: Any) -> list[tuple[int, int]]:
+        """Layout id and row length of the four arrays of a frame (section 7.2)."""
+        target = self.table("TARG")[frame["target"]]
+        return [
+            (int(frame[f][array]), int(target[side]))
+            for f, side in (("a", "n_in"), ("b", "n_out"))
+            for array in ("mean", "basis")
+        ]
+
+    def entry_arrays(self, form_id: int, target_id: int) -> list[tuple[int, int]]:
+        """Layout id and row length of the four arrays of an entry (section 7.2)."""
+        form, target = self.table("FORM")[form_id], self.table("TARG")[target_id]
+        frame = self.frame_of(form, target_id)
+        arrays = []
+        for f, side in (("a", "n_in"), ("b", "n_out")):
+            length = width = int(target[side])
+            if frame is not None and frame[f]["rank"]:
+                groups = -(-length // int(frame[f]["group"]))
+                width = groups * (int(form["rank"]) if frame[f]["flags"] & 1 else 1)
+            arrays.append((int(form[f"coefficients_{f}"]), width))
+            arrays.append((int(form[f"residual_{f}"]), length))
+        return arrays
+
     def entry_offsets(self, task: int) -> list[int]:
         """Offset of every entry of a task (section 7.1)."""
         record = self.table("TASK")[task]

@@ -138,17 +138,12 @@ def frame_arrays(index: Index, frame: Any, rank: int | None = None) -> list[Floa
     With `rank`, only the rows that a task of that rank uses: the first of the mean and of each
     vector of the basis.
     """
-    target = index.table("TARG")[frame["target"]]
-    arrays = [
-        (int(frame[f][array]), int(target[side]))
-        for f, side in (("a", "n_in"), ("b", "n_out"))
-        for array in ("mean", "basis")
-    ]
     wanted = None
     if rank is not None:
         wanted = [rows for f in ("a", "b") for rows in _rows_of_rank(frame[f], rank)]
     start = int(frame["offset"])
-    return read_arrays(index, start, start + int(frame["length"]), arrays, "RMM-052", wanted)
+    end = start + int(frame["length"])
+    return read_arrays(index, start, end, index.frame_arrays(frame), "RMM-052", wanted)
 
 
 def _rows_of_rank(part: Any, rank: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -179,22 +174,19 @@ def entry_factors(
     target_id = int(index.task_targets(task)[entry])
     target = index.table("TARG")[target_id]
     rank = int(form["rank"])
-    frame = None
+    frame = index.frame_of(form, target_id)
     shared: list[Float32 | None] = [None] * 4
-    if form["cluster"]:
-        frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
+    if frame is not None:
         shared = frame_arrays(index, frame, rank)
-    arrays, shapes = [], []
+    shapes = []
     for f, side in (("a", "n_in"), ("b", "n_out")):
         length = int(target[side])
         group, mixing = length, False
         if frame is not None and frame[f]["rank"]:
             group, mixing = int(frame[f]["group"]), bool(frame[f]["flags"] & 1)
         shapes.append((length, group, mixing))
-        width = -(-length // group) * (rank if mixing else 1)
-        arrays.append((int(form[f"coefficients_{f}"]), width))
-        arrays.append((int(form[f"residual_{f}"]), length))
     start = index.entry_offsets(task)[entry] if offset is None else offset
+    arrays = index.entry_arrays(int(entry_record["form"]), target_id)
     own = read_arrays(index, start, start + int(entry_record["length"]), arrays)
     factors = []
     for number, (length, group, mixing) in enumerate(shapes):

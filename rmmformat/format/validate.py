@@ -121,12 +121,7 @@ def _payload(index: Index) -> Iterator[tuple[Violation | None, int]]:
     for i, frame in enumerate(frames):
         start, length = int(frame["offset"]), int(frame["length"])
         yield _sum(index, 81, start, length, int(frame["crc"]), f"frame {i}"), start + length
-        target = index.table("TARG")[frame["target"]]
-        arrays = [
-            (int(frame[f][array]), int(target[side]))
-            for f, side in (("a", "n_in"), ("b", "n_out"))
-            for array in ("mean", "basis")
-        ]
+        arrays = index.frame_arrays(frame)
         for violation in _arrays(index, start, start + length, arrays, f"frame {i}", 52):
             yield violation, start + length
     entries, names = index.table("ENTR"), index.task_names
@@ -138,30 +133,13 @@ def _payload(index: Index) -> Iterator[tuple[Violation | None, int]]:
             length = int(entry["length"])
             what = f"task {names[number]}, target {index.target_names[int(ids[j])]}"
             yield _sum(index, 80, start, length, int(entry["crc"]), what), start + length
-            arrays = entry_arrays(index, int(entry["form"]), int(ids[j]))
+            arrays = index.entry_arrays(int(entry["form"]), int(ids[j]))
             for violation in _arrays(index, start, start + length, arrays, what):
                 yield violation, start + length
     for kind, name, rule in (("BLOB", "private content", 82), ("free", "free extent", 83)):
         for i, record in enumerate(index.table(kind)):
             start, length = int(record["offset"]), int(record["length"])
             yield _sum(index, rule, start, length, int(record["crc"]), f"{name} {i}"), start
-
-
-def entry_arrays(index: Index, form_id: int, target_id: int) -> list[tuple[int, int]]:
-    """Layout and row length of the four arrays of an entry (section 7.2)."""
-    form, target = index.table("FORM")[form_id], index.table("TARG")[target_id]
-    arrays = []
-    for f, side in (("a", "n_in"), ("b", "n_out")):
-        length = int(target[side])
-        width = length
-        if form["cluster"]:
-            frame = index.table("FRAM")[index.first_frame[target_id] + int(form["cluster"]) - 1]
-            part = frame[f]
-            if part["rank"]:
-                groups = -(-length // int(part["group"]))
-                width = groups * (int(form["rank"]) if part["flags"] & 1 else 1)
-        arrays += [(int(form[f"coefficients_{f}"]), width), (int(form[f"residual_{f}"]), length)]
-    return arrays
 
 
 def _sum(
