@@ -48,6 +48,7 @@ Foreign libraries are imported inside functions.  A new format is one new module
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -64,18 +65,27 @@ class Options:
     ----------
     allow_pickle
         Read pickled weight files with the restricted unpickler of torch 2.6 or newer, which builds
-        tensors and runs no code.  On by default because of that restriction; off, such a file is
-        refused.
+        tensors and runs no code.  Off by default, such a file is refused.
     allow_nonfinite
         Hand out tensors that hold NaN or infinity, to look into a broken adapter.
     drop_private
         Leave private tensors (heads, biases, magnitudes, ...) behind: importing, they are listed in
         the ledger only; exporting, they are not written.
+    base
+        The base model, for formats that cannot be read or written without a look at it.
+    dtype
+        Of exported factors: ``"f32"``, ``"f16"``, ``"bf16"``, or what else the format has.  By
+        default the task's own.
+    names
+        Target name to foreign name, where a format's own rule cannot tell.
     """
 
-    allow_pickle: bool = True
+    allow_pickle: bool = False
     allow_nonfinite: bool = False
     drop_private: bool = False
+    base: Path | None = None
+    dtype: str | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 DEFAULTS = Options()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rmmformat.converters.base import DEFAULTS, Options
+from rmmformat.converters.casting import cast_task
 from rmmformat.converters.names import check_task_names
 from rmmformat.converters.peft_export import export_adapter
 from rmmformat.converters.peft_import import find_adapters, open_adapter
@@ -83,7 +84,9 @@ class PeftExporter:
         ------
         UnsupportedError
             The task holds something that no PEFT config expresses.
+        OptionError, LossyConversionError
+            There is no dtype of that name, or a value is too large for it.
         RmmError
             ``out`` exists and ``force`` is not set, or cannot be written.
         """
-        return export_adapter(task, out, force=force, options=options)
+        return export_adapter(cast_task(task, options.dtype), out, force=force, options=options)

@@ -179,7 +179,8 @@ def _open_store(weights: Path, paths: tuple[Path, ...], options: Options) -> Ten
         raise UnsupportedError(
             "a pickled file, and pickles are not allowed",
             path=str(weights),
-            hint="Allow pickles, or save the adapter as safetensors.",
+            hint="Use --allow-pickle (torch's restricted unpickler reads it), or save the "
+            "adapter as safetensors.",
         )
     from rmmformat.converters.torch_pickle import TorchStore
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from rmmformat.converters.base import DEFAULTS, Options
+from rmmformat.converters.casting import cast_task
 from rmmformat.converters.files import atomic_file
 from rmmformat.errors import RmmError
 from rmmformat.model import Action, Array, LedgerLine, SourceTask
@@ -41,9 +42,12 @@ class SafetensorsExporter:
 
         Raises
         ------
+        OptionError, LossyConversionError
+            There is no dtype of that name, or a value is too large for it.
         RmmError
             ``out`` exists and ``force`` is not set, or cannot be written.
         """
+        task = cast_task(task, options.dtype)
         tensors: dict[str, Array] = {}
         ledger: list[LedgerLine] = []
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rmmformat._version import __version__
 from rmmformat.collection import Collection, LoadedTask
 from rmmformat.collection import open_collection as open  # noqa: A004  # rmm.open is the product
+from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.errors import RmmError
 from rmmformat.format.validate import Report
 from rmmformat.model import Factors, SourceTask
@@ -32,6 +33,7 @@ __all__ = [
     "Collection",
     "Factors",
     "LoadedTask",
+    "Options",
     "Report",
     "RmmError",
     "SourceTask",
@@ -60,8 +62,7 @@ def convert(
     encoding: str | None = None,
     kind: str | None = None,
     overwrite: bool = False,
-    allow_pickle: bool = True,
-    allow_nonfinite: bool = False,
+    options: Options = DEFAULTS,
     allow_base_mismatch: bool = False,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -93,8 +94,10 @@ def convert(
         Format of the sources; detected by default.
     overwrite
         Replace an existing file.
-    allow_pickle, allow_nonfinite, allow_base_mismatch
-        What is otherwise refused (pickles are read by torch's restricted unpickler, by default).
+    options
+        What is allowed of the sources, and what some of them need: see :class:`Options`.
+    allow_base_mismatch
+        Take tasks of differently named bases.
     executor
         Any :class:`concurrent.futures.Executor` to code targets on; the file is the same.
     progress
@@ -110,7 +113,6 @@ def convert(
     SourceError, UnsupportedError, LossyConversionError, OptionError, RmmError
         Each says what, where and what to do; nothing half-written is left.
     """
-    from rmmformat.converters.base import Options
     from rmmformat.methods import choose_method
     from rmmformat.pipeline import convert as run
 
@@ -128,7 +130,7 @@ def convert(
         path,
         method,
         kind=kind,
-        options=Options(allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite),
+        options=options,
         overwrite=overwrite,
         allow_base_mismatch=allow_base_mismatch,
         executor=executor,
@@ -146,8 +148,7 @@ def add(
     exact: bool = False,
     encoding: str | None = None,
     kind: str | None = None,
-    allow_pickle: bool = True,
-    allow_nonfinite: bool = False,
+    options: Options = DEFAULTS,
     allow_base_mismatch: bool = False,
     wait: float = 30.0,
     executor: Executor | None = None,
@@ -166,7 +167,7 @@ def add(
     max_error, size, exact, encoding
         How the new tasks are kept, as for :func:`convert`.  By default as the file says of itself;
         in a collection of `components` that is coefficients on the basis that is there.
-    kind, allow_pickle, allow_nonfinite, allow_base_mismatch, executor, progress
+    kind, options, allow_base_mismatch, executor, progress
         As for :func:`convert`.
     wait
         Seconds to wait for another writer.
@@ -183,7 +184,6 @@ def add(
     SourceError, UnsupportedError, OptionError, RmmError, OSError
         Each says what, where and what to do; the file is as it was.
     """
-    from rmmformat.converters.base import Options
     from rmmformat.grow import add as run
     from rmmformat.methods import choose_method
 
@@ -196,7 +196,7 @@ def add(
         method,
         replace=replace,
         kind=kind,
-        options=Options(allow_pickle=allow_pickle, allow_nonfinite=allow_nonfinite),
+        options=options,
         allow_base_mismatch=allow_base_mismatch,
         wait=wait,
         executor=executor,

@@ -22,6 +22,7 @@ from rmmformat.pipeline import (
     CollectionTargets,
     Progress,
     Source,
+    check_base,
     convert,
     group_targets,
     open_tasks,
@@ -96,6 +97,7 @@ def plan(
     measure: bool = False,
     kind: str | None = None,
     options: Options = DEFAULTS,
+    allow_base_mismatch: bool = False,
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> PlanReport:
@@ -103,7 +105,7 @@ def plan(
 
     Parameters
     ----------
-    sources, kind, options
+    sources, kind, options, allow_base_mismatch
         As :func:`rmmformat.pipeline.convert` takes them.
     max_errors, sizes
         Settings of the two dials.
@@ -124,8 +126,12 @@ def plan(
     ------
     SourceError, UnsupportedError
         A source cannot be read.
+    RmmError
+        Tasks name different base models.
     """
     tasks = open_tasks(sources, kind, options)
+    if not allow_base_mismatch:
+        check_base(tasks)
     by_target = group_targets(tasks)
     methods: list[tuple[str, Method]] = [
         *((f"--max-error {100 * e:g}%", MaxError(e)) for e in max_errors),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from rmmformat.cli._exit import Verb
+from rmmformat.cli._options import Reading, reads_sources
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
-from rmmformat.converters.base import Options
 from rmmformat.format.lock import DEFAULT_WAIT
 from rmmformat.grow import AddReport, add
 from rmmformat.methods import choose_method
@@ -34,10 +34,7 @@ _MUCH = 0.2
 )
 @click.option("--exact", is_flag=True, help="Keep the new tasks' factors bit for bit.")
 @click.option("--encoding", metavar="NAME", help="Keep all rows of the new tasks in f16, q8, ...")
-@click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
-@click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity.")
-@click.option("--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases.")
-@click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
+@reads_sources
 @click.option(
     "--wait",
     type=click.FloatRange(0),
@@ -49,8 +46,7 @@ _MUCH = 0.2
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     file: str, sources: tuple[str, ...], replace: bool, max_error: str | None, part: str | None,
-    exact: bool, encoding: str | None, kind: str | None, allow_nonfinite: bool,
-    allow_base_mismatch: bool, no_pickle: bool, wait: float, as_json: bool,
+    exact: bool, encoding: str | None, reading: Reading, wait: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Add tasks to FILE in place; tasks that it has keep every byte.
 
@@ -77,9 +73,9 @@ def command(
             sources,
             method,
             replace=replace,
-            kind=kind,
-            options=Options(allow_pickle=not no_pickle, allow_nonfinite=allow_nonfinite),
-            allow_base_mismatch=allow_base_mismatch,
+            kind=reading.kind,
+            options=reading.options,
+            allow_base_mismatch=reading.allow_base_mismatch,
             wait=wait,
             notice=note,
             progress=progress,

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from rmmformat.cli._exit import Verb
+from rmmformat.cli._options import Reading, reads_sources
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
 from rmmformat.compare import DENSE_LIMIT, Comparison, compare, load_evaluation
 from rmmformat.contenders import FAMILIES, contenders
-from rmmformat.converters.base import Options
 from rmmformat.converters.files import atomic_file
 from rmmformat.pipeline import check_base, open_sources
 from rmmformat.report import check_plots, render_page
@@ -90,16 +90,13 @@ def _show_methods(ctx: click.Context, _param: object, value: bool) -> None:
     metavar="VALUES",
     help="Skip methods that need more dense values at one target.",
 )
-@click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
-@click.option("--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases.")
-@click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
+@reads_sources
 @click.option("--force", is_flag=True, help="Replace an existing page.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     sources: tuple[str, ...], methods: tuple[str, ...] | None, sizes: tuple[float, ...],
     components: tuple[int, ...], evaluation: str | None, page: Path | None, density: float,
-    seed: int, dense_limit: int, kind: str | None, allow_base_mismatch: bool, no_pickle: bool,
-    force: bool, as_json: bool,
+    seed: int, dense_limit: int, reading: Reading, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run many ways of keeping the same adapters, and show bytes, error, time and score of each.
 
@@ -114,8 +111,8 @@ def command(
     evaluate = None if evaluation is None else load_evaluation(evaluation)
     if page is not None:
         check_plots()
-    tasks = open_sources(sources, kind=kind, options=Options(allow_pickle=not no_pickle))
-    if not allow_base_mismatch:
+    tasks = open_sources(sources, kind=reading.kind, options=reading.options)
+    if not reading.allow_base_mismatch:
         check_base(tasks)
     rank = max((info.rank for task in tasks for info in task.targets.values()), default=0)
     chosen = contenders(
@@ -133,7 +130,7 @@ def command(
             chosen,
             evaluate=evaluate,
             evaluation=evaluation or "",
-            allow_base_mismatch=allow_base_mismatch,
+            allow_base_mismatch=reading.allow_base_mismatch,
             dense_limit=dense_limit,
             progress=progress,
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-
 import click
 
 from rmmformat.cli._exit import Verb
+from rmmformat.cli._options import Reading, reads_sources, worker_pool, workers
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
-from rmmformat.converters.base import Options
 from rmmformat.methods import DEFAULT_MAX_ERROR, choose_method
 from rmmformat.pipeline import ConvertReport, convert
 
@@ -63,26 +61,15 @@ def _grouping(_ctx: object, _param: object, value: str | None) -> str | int | No
     type=click.Choice(["none", "svd", "procrustes"]),
     help="Re-express factors before merging.  [default: none]",
 )
-@click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes that code targets.",
-)
-@click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity.")
-@click.option("--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases.")
-@click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
+@workers
+@reads_sources
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--ledger", is_flag=True, help="List what became of every tensor, field and file.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     sources: tuple[str, ...], output: str, max_error: str | None, part: str | None,
     exact: bool, components: int | None, encoding: str | None, grouping: str | int | None,
-    align: str | None, kind: str | None, workers: int,
-    allow_nonfinite: bool, allow_base_mismatch: bool, no_pickle: bool, force: bool,
-    ledger: bool, as_json: bool,
+    align: str | None, workers: int, reading: Reading, force: bool, ledger: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn adapters into one .rmm file.
 
@@ -109,24 +96,18 @@ def command(
             f"keeping every delta within {percent(DEFAULT_MAX_ERROR)}; choose with --max-error E, "
             "--size FRACTION or --exact"
         )
-    options = Options(allow_pickle=not no_pickle, allow_nonfinite=allow_nonfinite)
-    executor = ProcessPoolExecutor(workers) if workers > 1 else None
-    try:
-        with progress_bar(quiet=as_json) as progress:
-            report = convert(
-                sources,
-                output,
-                method,
-                kind=kind,
-                options=options,
-                overwrite=force,
-                allow_base_mismatch=allow_base_mismatch,
-                executor=executor,
-                progress=progress,
-            )
-    finally:
-        if executor is not None:
-            executor.shutdown(cancel_futures=True)
+    with worker_pool(workers) as executor, progress_bar(quiet=as_json) as progress:
+        report = convert(
+            sources,
+            output,
+            method,
+            kind=reading.kind,
+            options=reading.options,
+            overwrite=force,
+            allow_base_mismatch=reading.allow_base_mismatch,
+            executor=executor,
+            progress=progress,
+        )
     _show(report, ledger, as_json)
 
 

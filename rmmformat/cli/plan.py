@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from concurrent.futures import ProcessPoolExecutor
-
 import click
 
 from rmmformat.cli._exit import Verb
+from rmmformat.cli._options import Reading, reads_sources, worker_pool, workers
 from rmmformat.cli._render import percent, print_json, print_table, progress_bar, size
-from rmmformat.converters.base import Options
 from rmmformat.methods import parse_fraction
 from rmmformat.plan import ERRORS, SIZES, PlanReport, plan
 
@@ -37,20 +34,12 @@ __all__ = ["command"]
     is_flag=True,
     help="Code everything at each setting and measure, instead of predicting.",
 )
-@click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes that look at targets.",
-)
-@click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity.")
-@click.option("--no-pickle", is_flag=True, help="Refuse pickled adapters (.bin) altogether.")
+@workers
+@reads_sources
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     sources: tuple[str, ...], max_errors: tuple[str, ...], sizes: tuple[str, ...], measure: bool,
-    kind: str | None, workers: int, allow_nonfinite: bool, no_pickle: bool, as_json: bool,
+    workers: int, reading: Reading, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what the SOURCEs would take and lose at different settings; nothing is written.
 
@@ -65,20 +54,17 @@ def command(
     errors = [parse_fraction(text, "max-error") for text in max_errors]
     parts = [parse_fraction(text, "size") for text in sizes]
     chosen = bool(errors or parts)
-    with contextlib.ExitStack() as stack:
-        executor = None
-        if workers > 1:
-            executor = ProcessPoolExecutor(workers)
-            stack.callback(executor.shutdown, cancel_futures=True)
+    with worker_pool(workers) as executor, progress_bar(quiet=as_json) as progress:
         report = plan(
             sources,
             max_errors=errors if chosen else ERRORS,
             sizes=parts if chosen else SIZES,
             measure=measure,
-            kind=kind,
-            options=Options(allow_pickle=not no_pickle, allow_nonfinite=allow_nonfinite),
+            kind=reading.kind,
+            options=reading.options,
+            allow_base_mismatch=reading.allow_base_mismatch,
             executor=executor,
-            progress=stack.enter_context(progress_bar(quiet=as_json)),
+            progress=progress,
         )
     if as_json:
         print_json(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from rmmformat.cli._exit import Verb
+from rmmformat.cli._options import Reading, reads_sources
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar
 from rmmformat.collection import open_collection
 from rmmformat.inspect import compare_with_sources, validate_path
@@ -21,11 +22,11 @@ __all__ = ["command"]
     metavar="SOURCE",
     help="Also measure each task against its original; may be given again.",
 )
-@click.option("--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected.")
+@reads_sources
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
 def command(
-    ctx: click.Context, file: str, against: tuple[str, ...], kind: str | None, as_json: bool
+    ctx: click.Context, file: str, against: tuple[str, ...], reading: Reading, as_json: bool
 ) -> None:  # fmt: skip
     """Check every rule of the specification over every byte of FILE.
 
@@ -44,7 +45,7 @@ def command(
         with open_collection(file) as collection, progress_bar(quiet=as_json) as progress:
             comparisons = compare_with_sources(
                 collection,
-                open_sources(against, kind=kind),
+                open_sources(against, kind=reading.kind, options=reading.options),
                 lambda done, total: progress("tasks", done, total),
             )
     if as_json:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from rmmformat.converters import Options, get_exporter
 from rmmformat.converters.files import atomic_file, atomic_folder
-from rmmformat.errors import RmmError, UnsupportedError
+from rmmformat.errors import LossyConversionError, OptionError, RmmError, UnsupportedError
 from rmmformat.model import (
     Action,
     Factors,
@@ -392,3 +392,27 @@ def test_long_names_have_room_for_the_temporary_one(kit):
     with atomic_folder(kit.root / f"d{name[1:]}", force=False, known=frozenset()) as folder:
         (folder / "x").write_bytes(b"x")
     assert (kit.root / name).read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("fmt", ["peft", "safetensors"])
+def test_dtype_of_factors_can_be_chosen(tmp_path, fmt):
+    task = Made({"a.q": 2.0}, privates={"head": (Role.MODULE, np.ones((2, 2), np.float32))})
+    out = tmp_path / ("out" if fmt == "peft" else "out.safetensors")
+    get_exporter(fmt).export(task, out, options=Options(dtype="f16"))
+    with safe_open(out / "adapter_model.safetensors" if fmt == "peft" else out, "numpy") as file:
+        dtypes = {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    assert {d for key, d in dtypes.items() if "lora" in key} == {np.dtype(np.float16)}
+    assert {d for key, d in dtypes.items() if "lora" not in key} == {F32}
+
+
+def test_dtype_that_is_none_or_too_small_writes_nothing(tmp_path):
+    task = Made({"a.q": 1.0})
+    with pytest.raises(OptionError, match="not one of f32, f16, bf16"):
+        get_exporter("peft").export(task, tmp_path / "out", options=Options(dtype="q8"))
+    large = Made({"a.q": 1.0})
+    large.factors = lambda _: Factors(
+        np.full((2, 6), 1e6, np.float32), np.ones((4, 2), np.float32), 1.0
+    )
+    with pytest.raises(LossyConversionError, match=r"factor A of task 'made'.*float16"):
+        get_exporter("peft").export(large, tmp_path / "out", options=Options(dtype="f16"))
+    assert not list(tmp_path.iterdir())

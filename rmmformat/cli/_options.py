@@ -1,0 +1,111 @@
+"""Options that several verbs have, said once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rmmformat.converters.base import Options
+
+__all__ = ["Reading", "as_json", "force", "names", "reads_sources", "worker_pool", "workers"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the sources of a verb are to be read."""
+
+    kind: str | None
+    options: Options
+    allow_base_mismatch: bool
+
+
+def _pairs(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        left, equals, right = value.partition("=")
+        if not (left and equals and right):
+            raise click.BadParameter(f"expected TARGET=NAME, got {value!r}")
+        if left in pairs:
+            raise click.BadParameter(f"{left!r} is mapped twice")
+        pairs[left] = right
+    return pairs
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+force = click.option("--force", is_flag=True, help="Replace what is there.")
+names = click.option(
+    "--map",
+    "names",
+    multiple=True,
+    callback=_pairs,
+    metavar="TARGET=NAME",
+    help="Foreign name of a target, where it cannot be told; may be given again.",
+)
+workers = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that work on targets.",
+)
+
+#: What decides how a source is read; one that is called as a field of Options becomes that field.
+_SOURCE_OPTIONS = (
+    click.option(
+        "--from", "kind", metavar="FORMAT", help="Format of the sources, if not detected."
+    ),
+    click.option(
+        "--base",
+        type=click.Path(path_type=Path),
+        help="The base model, for sources that can be read only beside it.",
+    ),
+    names,
+    click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Read pickled weights (.bin), with torch's safe reader.",
+    ),
+    click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity."),
+    click.option(
+        "--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases."
+    ),
+)
+_FIELDS = {field.name for field in dataclasses.fields(Options)}
+
+
+def reads_sources(command: F) -> F:
+    """Give a verb the options of sources; it is called with ``reading``, a :class:`Reading`."""
+
+    @functools.wraps(command)
+    def with_reading(*args: Any, **given: Any) -> Any:
+        kind = given.pop("kind")
+        allow_base_mismatch = given.pop("allow_base_mismatch")
+        options = Options(**{name: given.pop(name) for name in _FIELDS & given.keys()})
+        reading = Reading(kind, options, allow_base_mismatch)
+        return command(*args, reading=reading, **given)
+
+    for option in reversed(_SOURCE_OPTIONS):
+        with_reading = option(with_reading)
+    return with_reading  # type: ignore[return-value]  # click's decorators keep what they wrap
+
+
+@contextlib.contextmanager
+def worker_pool(count: int) -> Iterator[Executor | None]:
+    """Processes to code targets on; none for one worker.  What waits is cancelled at the end."""
+    if count == 1:
+        yield None
+        return
+    executor = ProcessPoolExecutor(count)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
