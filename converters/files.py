@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rmmformat.errors import RmmError, SourceError
+from rmmformat.format.disk import DISK
 from rmmformat.model import SourceFile
 
 __all__ = [
@@ -110,19 +111,12 @@ def parse_json_object(text: str, path: str) -> dict[str, Any]:
     return value
 
 
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
+def _sync_file(path: Path) -> None:
+    handle = DISK.open(path)
     try:
-        os.fsync(handle)
+        DISK.sync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def _sibling(out: Path, suffix: str) -> Path:
@@ -155,7 +149,7 @@ def atomic_file(out: Path, *, force: bool) -> Iterator[Path]:
         temporary.chmod(mode)
         _sync_file(temporary)
         temporary.replace(out)
-        _sync_folder(out.parent)
+        DISK.sync_folder(out.parent)
     except OSError as error:
         raise RmmError(f"cannot write: {error.strerror or error}", path=str(out)) from error
     finally:
@@ -197,7 +191,7 @@ def atomic_folder(out: Path, *, force: bool, known: frozenset[str]) -> Iterator[
             # The safetensors library leaves files that only their owner may read.
             entry.chmod(temporary.stat().st_mode & 0o666)
             _sync_file(entry)
-        _sync_folder(temporary)
+        DISK.sync_folder(temporary)
         if out.exists():
             out.rename(backup)
             try:
@@ -207,7 +201,7 @@ def atomic_folder(out: Path, *, force: bool, known: frozenset[str]) -> Iterator[
                 raise
         else:
             temporary.rename(out)
-        _sync_folder(out.parent)
+        DISK.sync_folder(out.parent)
     except OSError as error:
         raise RmmError(f"cannot write: {error.strerror or error}", path=str(out)) from error
     finally:
