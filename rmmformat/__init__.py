@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rmmformat._version import __version__
+from rmmformat.cache import TaskCache
 from rmmformat.collection import Collection, LoadedTask
 from rmmformat.collection import open_collection as open  # noqa: A004  # rmm.open is the product
 from rmmformat.converters.base import DEFAULTS, Options
@@ -24,6 +26,7 @@ from rmmformat.model import Factors, SourceTask
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from rmmformat import runtimes
     from rmmformat.coding import Align
     from rmmformat.grow import AddReport, CompactReport, RemoveReport
     from rmmformat.merge.rmm import Grouping
@@ -37,16 +40,24 @@ __all__ = [
     "Report",
     "RmmError",
     "SourceTask",
+    "TaskCache",
     "__version__",
     "add",
     "compact",
     "convert",
     "open",
     "remove",
+    "runtimes",
     "validate",
 ]
 
 _Path = str | os.PathLike[str]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "runtimes":  # at first use: most programs need none
+        return importlib.import_module("rmmformat.runtimes")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def convert(

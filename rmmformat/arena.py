@@ -12,7 +12,15 @@ __all__ = ["Arena", "ArenaPool"]
 
 
 class Arena(np.ndarray[tuple[int, ...], np.dtype[np.uint8]]):
-    """A one-dimensional uint8 array that starts at a page; views of it keep it alive."""
+    """A one-dimensional uint8 array that starts at a page; views of it keep it alive.
+
+    Attributes
+    ----------
+    block_bytes
+        Bytes of the block behind it, which may be larger; 0 for views and slices of an arena.
+    """
+
+    block_bytes: int = 0
 
 
 class ArenaPool:
@@ -27,12 +35,14 @@ class ArenaPool:
     def __init__(self, keep: int = 2) -> None:
         self._keep = keep
         self._free: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may give a block back at any allocation, also in here.
+        self._lock = threading.RLock()
 
     def lend(self, n_bytes: int) -> Arena:
         """Give an arena of `n_bytes` bytes, 64-byte aligned (it starts at a page)."""
         block = self._take(n_bytes)
         whole = np.frombuffer(block, np.uint8, n_bytes).view(Arena)
+        whole.block_bytes = len(block)
         weakref.finalize(whole, self._give_back, block)
         return whole
 
