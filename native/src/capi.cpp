@@ -433,7 +433,10 @@ rmm_status rmm_load_factor(const rmm_file* file, uint64_t number, uint64_t entry
 }
 
 rmm_status rmm_check_task(const rmm_file* file, uint64_t number, rmm_error* error) noexcept {
-    return guarded(error, [&] { check_task(file->index, need_task(file, number)); });
+    return guarded(error, [&] {
+        Task task = need_task(file, number);
+        check_task(file->index, task);
+    });
 }
 
 rmm_status rmm_validate(const char* path, rmm_violation_callback callback, void* user, uint64_t* n_violations,
