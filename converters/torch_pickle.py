@@ -110,6 +110,14 @@ class TorchStore:
         array: Array = np.array(bits).view(meta.dtype)
         return array
 
+    def release(self) -> None:
+        """Unmap the files until the next read, so that pages once read no longer count as used.
+
+        Files from before torch 1.6, which cannot be mapped, are held as they are.
+        """
+        if all(zipfile.is_zipfile(path) for path in self._paths):
+            self._tensors = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tensors": None}
 
