@@ -1,12 +1,14 @@
 #include "trellis.hpp"
 
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "../src/threads.hpp"
-#include "../src/trellis.hpp"
+#include "../src/trellis_wide.hpp"
 
 namespace py = pybind11;
 namespace trellis = rmm::trellis;
@@ -76,8 +78,25 @@ trellis::Run parse(const Bytes& bytes, uint64_t n_rows, uint64_t n) {
     return run;
 }
 
-py::tuple decode(const py::buffer& data, uint64_t n_rows, uint64_t n) {
+// The kernels of a name, "" being the quickest that there are and "portable" none.
+const trellis::WideKernels* kernels_of(const std::string& name) {
+    if (name.empty()) return trellis::widest_kernels();
+    if (name == "portable") return nullptr;
+    for (const trellis::WideKernels& kernels : trellis::wide_kernels()) {
+        if (name == kernels.name) return &kernels;
+    }
+    throw py::value_error("this processor has no such kernels");
+}
+
+std::vector<std::string> kernels() {
+    std::vector<std::string> names = {"portable"};
+    for (const trellis::WideKernels& wide : trellis::wide_kernels()) names.push_back(wide.name);
+    return names;
+}
+
+py::tuple decode(const py::buffer& data, uint64_t n_rows, uint64_t n, const std::string& name) {
     Bytes bytes(data);
+    const trellis::WideKernels* wide = kernels_of(name);
     const trellis::Run run = parse(bytes, n_rows, n);
     const uint64_t limit = static_cast<uint64_t>(std::numeric_limits<py::ssize_t>::max()) / sizeof(float);
     if (n > limit / n_rows) throw std::bad_alloc();
@@ -88,7 +107,7 @@ py::tuple decode(const py::buffer& data, uint64_t n_rows, uint64_t n) {
     {
         py::gil_scoped_release unlocked;
         rmm::ExactArithmetic exact;
-        wrong = trellis::decode(run, [&](uint64_t row) { return values + row * n; });
+        wrong = trellis::decode(run, [&](uint64_t row) { return values + row * n; }, wide);
     }
     if (wrong) malformed(wrong);
     return py::make_tuple(out, static_cast<uint64_t>(run.end - bytes.data));
@@ -122,8 +141,9 @@ void add_trellis(py::module_& module) {
     module.def("trellis_encode", &encode, py::arg("rows"), py::arg("row_bytes"), py::arg("base"), py::arg("lambdas"),
                py::arg("families") = 0,
                "One trellis run of rows (k, n), and what a reader decodes from it.");
-    module.def("trellis_decode", &decode, py::arg("data"), py::arg("k"), py::arg("n"),
+    module.def("trellis_decode", &decode, py::arg("data"), py::arg("k"), py::arg("n"), py::arg("kernels") = "",
                "The rows (k, n) of the trellis run that data starts with, and its bytes.");
+    module.def("trellis_kernels", &kernels, "Ways to decode that this processor has, the quickest last.");
     module.def("trellis_check", &check, py::arg("data"), py::arg("k"), py::arg("n"),
                "Decode a trellis run without keeping its rows (RMM-087).");
     module.def("trellis_run_bytes", &run_bytes, py::arg("data"),

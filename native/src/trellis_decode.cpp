@@ -1,6 +1,6 @@
 // Decoding of trellis runs (8.3).
 
-#include "trellis.hpp"
+#include "trellis_wide.hpp"
 
 #if defined(__clang__)
 #define RMM_UNROLL _Pragma("unroll")
@@ -14,82 +14,10 @@ namespace rmm {
 namespace trellis {
 namespace {
 
-// The entropy coder's input.
-struct Words {
-    const uint8_t* next;
-    const uint8_t* end;
-
-    uint64_t left() const { return static_cast<uint64_t>(end - next) / 2; }
-};
-
-// How a word is taken into a state that is low. CHECKED: if there is one. Otherwise the caller has seen
-// that there is, and the question must not become a branch, which would be a coin toss: compilers
-// make one of a conditional expression here, even if told that it cannot be foreseen.
-enum class Refill { CHECKED, SHIFT, MOVE };
-
-template <Refill HOW>
-RMM_INLINE bool refill(uint32_t& x, Words& words) {
-    if (HOW == Refill::CHECKED) {
-        if (x >= STATE_LOW) return true;
-        if (words.next == words.end) return false;
-        x = x << 16 | u16(words.next);
-        words.next += 2;
-        return true;
-    }
-#if defined(__GNUC__) && defined(__x86_64__)
-    if (HOW == Refill::MOVE) {
-        const uint32_t refilled = x << 16 | u16(words.next);
-        const uint8_t* next = words.next + 2;
-        __asm__("cmpl %4, %0\n\tcmovb %2, %0\n\tcmovb %3, %1"
-                : "+&r"(x), "+&r"(words.next)
-                : "r"(refilled), "r"(next), "i"(STATE_LOW)
-                : "cc");
-        return true;
-    }
-#endif
-    const uint32_t low = x < STATE_LOW;
-    x = x << (low << 4) | (u16(words.next) & (0u - low));
-    words.next += 2 * low;
-    return true;
-}
-
-// What is the same for all values of a row.
-struct RowCode {
-    const uint32_t* slot;
-    uint32_t escape;
-    unsigned raw_bits;
-    float step;
-};
-
-// One value of a lane with entropy state x and trellis state s. False if a word is missing.
-template <bool RAW, Refill HOW>
-RMM_INLINE bool decode_value(const RowCode& row, uint32_t& x, uint32_t& s, Words& words, uint32_t& seen, f32u& out) {
-    const uint32_t slot = row.slot[x & 4095];
-    uint32_t j = slot >> 24;
-    x = (slot >> 12 & 4095) * (x >> 12) + (slot & 4095);
-    if (!refill<HOW>(x, words)) return false;
-    if (j == row.escape) {
-        if (HOW == Refill::CHECKED && words.next == words.end) return false;
-        j += u16(words.next);
-        words.next += 2;
-    }
-    if (RAW) {
-        j = j << row.raw_bits | (x & ((1u << row.raw_bits) - 1));
-        x >>= row.raw_bits;
-        if (!refill<HOW>(x, words)) return false;
-        seen |= j;
-    }
-    const int32_t negative = -static_cast<int32_t>((s ^ j) & 1);
-    const int32_t m = (static_cast<int32_t>(2 * j + 1) ^ negative) - negative;
-    out = static_cast<float>(m) * row.step;
-    s = next_state(s, j);
-    return true;
-}
-
 template <unsigned LANES>
 class Decoder {
   public:
-    explicit Decoder(const Run& run) : run_(run), words_{run.words, run.end} {
+    Decoder(const Run& run, const WideKernels* wide) : run_(run), wide_(wide), words_{run.words, run.end} {
         for (unsigned lane = 0; lane < LANES; ++lane) {
             x_[lane] = u32(run.states + 4 * lane);
             s_[lane] = 0;
@@ -124,14 +52,18 @@ class Decoder {
 
     template <bool RAW>
     bool row(const RowCode& code, f32u* out) {
-        constexpr uint64_t MOST = LANES * (RAW ? 3 : 2);  // words that a value of each lane can take
+        constexpr uint64_t MOST = LANES * words_of_value(RAW);
         const uint64_t n = run_.n;
         uint64_t at = 0;
         while (at < n) {
             uint64_t rounds = words_.left() / MOST;
             if (rounds > (n - at) / LANES) rounds = (n - at) / LANES;
             if (rounds > 0) {
-                unchecked<RAW>(code, out + at, rounds);
+                if (LANES == MAX_LANES && wide_) {
+                    (RAW ? wide_->raw : wide_->plain)(code, out + at, rounds, x_, s_, words_, seen_);
+                } else {
+                    unchecked<RAW>(code, out + at, rounds);
+                }
                 at += rounds * LANES;
                 continue;
             }
@@ -163,6 +95,7 @@ class Decoder {
     }
 
     const Run& run_;
+    const WideKernels* wide_;
     Words words_;
     uint32_t x_[LANES], s_[LANES];
     uint32_t seen_ = 0;  // all indices with raw bits, OR-ed
@@ -212,13 +145,15 @@ const char* parse(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64
     return nullptr;
 }
 
-const char* decode(const Run& run, const RowTarget& target) {
+const char* decode(const Run& run, const RowTarget& target, const WideKernels* wide) {
     switch (run.lanes) {
-        case 1: return Decoder<1>(run).decode(target);
-        case 4: return Decoder<4>(run).decode(target);
-        default: return Decoder<MAX_LANES>(run).decode(target);
+        case 1: return Decoder<1>(run, wide).decode(target);
+        case 4: return Decoder<4>(run, wide).decode(target);
+        default: return Decoder<MAX_LANES>(run, wide).decode(target);
     }
 }
+
+const char* decode(const Run& run, const RowTarget& target) { return decode(run, target, widest_kernels()); }
 
 }  // namespace trellis
 }  // namespace rmm

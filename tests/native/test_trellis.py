@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rmmformat import _native
-from rmmformat.errors import OptionError, ShapeError
+from rmmformat.errors import LayoutError, OptionError, ShapeError
 from rmmformat.format.encodings import by_name, decode_run, encode_run
 from rmmformat.format.trellis import encode_rows, gaussian_table, run_overhead, table_bits
 
@@ -109,6 +109,41 @@ def test_outliers_are_reached() -> None:
     run, decoded = encode_rows(rows, np.full(2, 0.25), tied=False)
     read_back(run, decoded)
     assert np.abs(decoded - rows).max() < 2
+
+
+def told(length: int) -> bytes:
+    """A length as runs begin with it."""
+    out = bytearray()
+    while length > 127:
+        out.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*out, length])
+
+
+@pytest.mark.parametrize("step", [3.0, 0.9, 0.3, 0.1, 0.02, 0.004, 0.0007])
+@pytest.mark.parametrize("n", [4096, 4099, 5000, 12_345])
+def test_kernels_give_the_same_bits(step: float, n: int) -> None:
+    rows = gaussian(17, n, seed=n) * np.exp(gaussian(17, 1, seed=1))
+    rows[2], rows[5, ::501] = 0, 700 * step  # a row of zeros, and escapes
+    rows[9] = np.random.default_rng(2).laplace(size=n)
+    run, decoded = encode_rows(rows, np.full(17, step), tied=False)
+    names = _native.trellis_kernels()
+    assert names[0] == "portable"
+    for name in names:
+        found, n_bytes = _native.trellis_decode(run, *rows.shape, kernels=name)
+        assert n_bytes == len(run)
+        assert (found.view(np.uint32) == decoded.view(np.uint32)).all(), name
+    # What lacks words or has too many is malformed for all of them, and none reads behind it.
+    head = next(i for i, byte in enumerate(run) if byte < 128) + 1
+    for body in (run[head:-2], run[head : head + len(run) // 4 * 2], run[head:] + b"\0\0"):
+        for name in names:
+            with pytest.raises(LayoutError, match="trellis run"):
+                _native.trellis_decode(told(len(body)) + body, *rows.shape, kernels=name)
+
+
+def test_there_are_no_kernels_of_other_names() -> None:
+    with pytest.raises(ValueError, match="no such kernels"):
+        _native.trellis_decode(b"\0" * 100, 1, 1, kernels="abacus")
 
 
 def test_the_same_bytes_everywhere() -> None:
