@@ -37,6 +37,7 @@ from rmmformat.format.disk import DISK, Appender, Disk
 from rmmformat.format.lock import DEFAULT_WAIT, LockedFile
 from rmmformat.format.pieces import Plan
 from rmmformat.format.reader import Index, nearest, read_index
+from rmmformat.format.temporary import remove_stale
 from rmmformat.format.validate import parse_metadata
 from rmmformat.format.writer import put_in_place, slot_bytes
 
@@ -159,6 +160,7 @@ class Growth(Assembly):
                 "the file has no sequence numbers left", path=self.path, hint="Compact it first."
             )
         self._check_current()
+        remove_stale(self._file.path, self._disk)
         active = layout.SLOT_OFFSETS[1 - sequence % 2]
         inactive = layout.SLOT_OFFSETS[sequence % 2]
         handle, disk = self._file.handle, self._disk

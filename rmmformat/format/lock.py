@@ -18,7 +18,7 @@ from pathlib import Path
 from rmmformat.errors import RmmError
 from rmmformat.format.disk import Disk
 
-__all__ = ["DEFAULT_WAIT", "LockedFile", "lock_new"]
+__all__ = ["DEFAULT_WAIT", "LockedFile", "try_lock"]
 
 #: Seconds that a second writer waits for the first one.
 DEFAULT_WAIT = 30.0
@@ -164,11 +164,3 @@ else:
     def unlock(handle: int) -> None:
         """Give a lock back."""
         fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-def lock_new(handle: int) -> None:
-    """Lock a file that was just made: it is to replace one that is locked.
-
-    Whoever opens it once it has its name waits until it is there for good.
-    """
-    try_lock(handle)

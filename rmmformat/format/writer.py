@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from rmmformat.errors import LossyConversionError, RmmError
 from rmmformat.format import layout
 from rmmformat.format.assembly import Assembly
 from rmmformat.format.disk import DISK, Appender, Disk
-from rmmformat.format.lock import LockedFile, lock_new
+from rmmformat.format.lock import LockedFile
 from rmmformat.format.parts import EncodedArray, EntryData, FramePart, check_name
 from rmmformat.format.pieces import Plan
+from rmmformat.format.temporary import create_beside, remove_stale
 
 __all__ = [
     "EncodedArray",
@@ -71,10 +71,9 @@ def put_in_place(plan: Plan, path: Path, disk: Disk, *, mode: int | None = None)
     mode
         Permissions; by default what new files get.
     """
-    temporary = path.parent / f".{secrets.token_hex(8)}.rmm.tmp"
-    handle = disk.create(temporary)
+    remove_stale(path, disk)
+    temporary, handle = create_beside(path, disk)
     try:
-        lock_new(handle)
         if mode is not None:
             with contextlib.suppress(OSError):  # some file systems have no permissions
                 temporary.chmod(mode)

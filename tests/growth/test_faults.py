@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import pytest
 
 import rmmformat as rmm
 from rmmformat.errors import FormatError, RmmError
-from rmmformat.format.disk import Disk
+from rmmformat.format.disk import DISK, Disk
 from rmmformat.format.growth import Growth, compact_file
+from rmmformat.format.temporary import remove_stale
 
 from ..product.conftest import MemoryTask
 from .conftest import SCENARIOS, Scenario, add, content, first_file, growing, loaded, put, remove
@@ -237,3 +239,69 @@ def test_what_is_no_rmm_file_is_left_alone(data: bytes, tmp_path: Path) -> None:
         Growth(tmp_path)
     with pytest.raises(FileNotFoundError):
         Growth(tmp_path / "none.rmm")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*.rmm.tmp"))
+
+
+@pytest.mark.parametrize("change", [add, remove, compact_file, first_file])
+def test_what_a_killed_writer_left_is_removed_by_the_next(
+    change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.rmm"
+    first_file(path)
+    child = os.fork()
+    if child == 0:
+        try:
+            compact_file(path, disk=Saboteur(0, "half"))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    (left,) = leftovers(tmp_path)
+    shutil.copyfile(left, tmp_path / f".x.rmm.{'f' * 16}.rmm.tmp")
+    other = tmp_path / ".other.rmm.0123456789abcdef.rmm.tmp"  # of another file: not ours to judge
+    own = tmp_path / ".x.rmm.notes.rmm.tmp"
+    link = tmp_path / ".x.rmm.0123456789abcdef.rmm.tmp"
+    link.symlink_to(path)
+    for file in (other, own):
+        file.touch()
+    change(path)
+    assert leftovers(tmp_path) == sorted([other, own, link])
+    assert path.stat().st_size > 0
+
+
+def test_what_a_living_writer_writes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.rmm"
+    first_file(path)
+
+    class Slow(Disk):
+        def replace(self, source: Path, target: Path) -> None:
+            remove_stale(target, DISK)
+            assert leftovers(tmp_path) == [source]
+            super().replace(source, target)
+
+    compact_file(path, disk=Slow())
+    assert leftovers(tmp_path) == []
+    content(path)
+
+
+def test_a_file_taken_for_a_stale_one_before_it_is_locked_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.rmm"
+    first_file(path)
+
+    class Overtaken(Disk):
+        n = 0
+
+        def create(self, new: Path) -> int:
+            handle = super().create(new)
+            self.n += 1
+            if self.n <= 2:
+                remove_stale(path, DISK)
+            return handle
+
+    disk = Overtaken()
+    compact_file(path, disk=disk)
+    assert disk.n == 3
+    assert leftovers(tmp_path) == []
+    content(path)
