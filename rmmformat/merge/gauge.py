@@ -9,14 +9,14 @@ Here A is (r, n_in) and B is (n_out, r), as in :class:`rmmformat.model.Factors`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rmmformat.errors import ShapeError
 
-__all__ = ["Method", "align", "check_factors", "delta_svd", "procrustes", "svd_gauge"]
+__all__ = ["Method", "align", "check_factors", "delta_svd", "left_signs", "procrustes", "svd_gauge"]
 
 Array = npt.NDArray[np.generic]
 F64 = npt.NDArray[np.float64]
@@ -72,8 +72,14 @@ def delta_svd(A: Array, B: Array) -> tuple[F64, F64, F64]:
     # What is left of an exact zero after rounding would come back as its root, 1e-8 of the largest.
     s[s <= _NOISE * len(s) * s.max(initial=0.0)] = 0.0
     left, right = q_b @ u, vt @ q_a.T
-    sign = np.where((left * np.abs(left)).sum(axis=0) < 0.0, -1.0, 1.0)
+    sign = left_signs(left)
     return left * sign, s, right * sign[:, None]
+
+
+def left_signs(left: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Give the signs, 1 or -1, that left singular vectors (n_out, q) get (:func:`delta_svd`)."""
+    summed = (left * np.abs(left)).sum(axis=0)
+    return np.where(summed < 0.0, -1.0, 1.0).astype(left.dtype)
 
 
 def svd_gauge(A: Array, B: Array) -> tuple[F64, F64]:
