@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from rmmformat._native import File
 from rmmformat.arena import ArenaPool
 from rmmformat.errors import NotFoundError, RmmError, ShapeError
 from rmmformat.format import layout
-from rmmformat.format.reader import Index, nearest, read_index, while_growing
+from rmmformat.format.reader import Extent, Index, nearest, read_index, while_growing
 from rmmformat.format.validate import Report, read_metadata, validate_bytes
 from rmmformat.model import (
     Array,
@@ -31,8 +31,19 @@ from rmmformat.model import (
     TargetKind,
     TargetShape,
 )
+from rmmformat.remote import is_url
 
 __all__ = ["Collection", "LoadedTask", "StoredTask", "open_collection"]
+
+
+class Remote(Protocol):
+    """Where the payload of a file is that is not here."""
+
+    def bring(self, extents: Sequence[Extent]) -> None:
+        """Have these extents in memory, with the bytes that their checksums say."""
+
+    def validate(self) -> Report:
+        """Check the whole file."""
 
 
 class LoadedTask(Mapping[str, Factors]):
@@ -83,8 +94,16 @@ class Collection:
         The file, or the empty string for bytes in memory.
     """
 
-    def __init__(self, native: File, path: str, header: bytes | None = None) -> None:
+    def __init__(
+        self,
+        native: File,
+        path: str,
+        header: bytes | None = None,
+        remote: Remote | None = None,
+    ) -> None:
         self._native = native
+        #: Brings payload into the memory that `native` reads, where it is not all there.
+        self._remote = remote
         self._pool = ArenaPool()
         self._header = header
         self.path = path
@@ -127,7 +146,19 @@ class Collection:
 
     @property
     def buffer(self) -> memoryview:
-        """All bytes of the file, read-only."""
+        """All bytes of the file, read-only.
+
+        Raises
+        ------
+        RmmError
+            The file is remote: not all of its bytes are here.
+        """
+        if self._remote is not None:
+            raise RmmError(
+                "a remote file has no buffer",
+                path=self.path,
+                hint="Only what tasks need is fetched; download the file to have it all.",
+            )
         return self._live.buffer
 
     @cached_property
@@ -194,6 +225,7 @@ class Collection:
         number = self._task(task)
         entries, n_bytes = self._native.entries(number, code)
         arena = self._pool.lend(n_bytes) if out is None else _checked(out, n_bytes)
+        self._need(Index.payload_of, number)
         self._native.load_task(number, code, arena, threads)
         kind = layout.DTYPES[code]
         factors = {
@@ -243,6 +275,7 @@ class Collection:
                 f"factor {factor} of {target} wants a writable contiguous {want}, got {out.shape}"
             )
         code = _factor_code(out.dtype)
+        self._need(Index.payload_of, number)
         raw = out.reshape(-1).view(np.uint8)
         self._native.load_factor(number, position, "AB".index(factor), code, raw)
         return out
@@ -250,8 +283,10 @@ class Collection:
     def privates(self, task: str) -> Mapping[str, Array]:
         """Private tensors of a task by name: read-only views on the file."""
         views = {}
-        for item in self._native.privates(self._task(task)):
-            raw = np.frombuffer(self.buffer, np.uint8, item.n_bytes, item.offset)
+        number = self._task(task)
+        self._need(Index.privates_of, number)
+        for item in self._native.privates(number):
+            raw = np.frombuffer(self._live.buffer, np.uint8, item.n_bytes, item.offset)
             views[item.name] = raw.view(layout.DTYPES[item.dtype]).reshape(item.shape)
         return views
 
@@ -260,8 +295,15 @@ class Collection:
         return StoredTask(self, task)
 
     def validate(self) -> Report:
-        """Check every rule of the specification over every byte."""
+        """Check every rule of the specification over every byte; a remote file is downloaded."""
+        if self._remote is not None:
+            return self._remote.validate()
         return validate_bytes(self.buffer, header=self._header)
+
+    def _need(self, extents: Callable[[Index, int], list[Extent]], task: int) -> None:
+        """Have those extents of a task in memory."""
+        if self._remote is not None:
+            self._remote.bring(extents(self.index, task))
 
     def _task(self, name: str) -> int:
         try:
@@ -360,17 +402,23 @@ class StoredTask:
 
 
 def open_collection(
-    source: str | os.PathLike[str] | bytes | memoryview, *, copy: bool = False
+    source: str | os.PathLike[str] | bytes | memoryview,
+    *,
+    copy: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Collection:
     """Open an ``.rmm`` file: header and index are read and checked, payload is only mapped.
 
     Parameters
     ----------
     source
-        A path, or the bytes of a file (used in place, not copied).
+        A path, the bytes of a file (used in place, not copied), or a URL (``https://``, ``s3://``,
+        ...: :mod:`rmmformat.remote`), of which only what is asked for is fetched.
     copy
         Read the file into memory instead of mapping it: for files that someone may cut short or
-        overwrite while they are open, which a mapping cannot survive.
+        overwrite while they are open, which a mapping cannot survive.  Of a URL that is so anyway.
+    storage_options
+        Of a URL: what fsspec wants to know to reach it (headers, credentials, ...).
 
     Raises
     ------
@@ -380,6 +428,8 @@ def open_collection(
         The file needs a newer reader.
     OSError
         The file cannot be opened.
+    RemoteError
+        A URL cannot be read.
 
     Examples
     --------
@@ -389,6 +439,10 @@ def open_collection(
     if isinstance(source, (bytes, bytearray, memoryview)):
         return Collection(File.from_buffer(bytes(source) if copy else source), "")
     path = os.fspath(source)
+    if is_url(path):
+        from rmmformat.remote_file import open_remote
+
+        return open_remote(path, storage_options)
     return while_growing(path, lambda: _read(path) if copy else _map(path))
 
 

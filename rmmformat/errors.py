@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "NotFoundError",
     "OptionError",
+    "RemoteError",
     "RmmError",
     "ShapeError",
     "SourceError",
@@ -119,6 +120,21 @@ class SourceError(RmmError, ValueError):
     """A foreign file cannot be read as what it claims to be: names file and tensor or field."""
 
     exit_code = 3
+
+
+class RemoteError(RmmError, OSError):
+    """A URL cannot be read or written: the server, the network or what lies between failed."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        hint: str | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message, path=path, hint=hint)
+        self.status = status
 
 
 class NonFiniteError(SourceError):

@@ -8,7 +8,7 @@ import glob
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rmmformat.format.reader import Index, nearest, raise_violation, while_growi
 from rmmformat.format.validate import Report, validate_bytes
 from rmmformat.merge.error import relative_error, summarize
 from rmmformat.model import SourceTask, TargetKind
+from rmmformat.remote import is_url
 
 __all__ = [
     "Comparison",
@@ -263,22 +264,31 @@ def _describe(index: Index, layout_id: int) -> str:
 
 
 def validate_path(
-    path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    path: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Validate a file; it is mapped, not read whole.
 
     Parameters
     ----------
     path
-        The file.
+        The file, or a URL, which is downloaded for it.
     progress
         Called with bytes checked and bytes in all.
+    storage_options
+        Of a URL, as for :func:`rmmformat.open`.
 
     Raises
     ------
     OSError
         The file cannot be read.
     """
+    if isinstance(path, str) and is_url(path):
+        from rmmformat.remote_download import downloaded
+
+        with downloaded(path, storage_options) as local:
+            return validate_path(local, progress)
     report: Report | None = None
 
     def attempt() -> Report:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from rmmformat.blas import one_thread, with_one_thread
 from rmmformat.coding import CodedTarget, Method, code_target
 from rmmformat.converters.base import DEFAULTS, Options
+from rmmformat.converters.names import check_task_names
 from rmmformat.converters.registry import collect
 from rmmformat.errors import RmmError
 from rmmformat.format.assembly import Assembly
@@ -26,6 +27,7 @@ from rmmformat.format.writer import Writer
 from rmmformat.merge.error import summarize
 from rmmformat.model import Factors, LedgerLine, SourceTask
 from rmmformat.provenance import described_anew
+from rmmformat.remote import is_url, shown
 
 __all__ = [
     "CollectionTargets",
@@ -116,7 +118,8 @@ def open_sources(
     Parameters
     ----------
     sources
-        A path, several, ``NAME=PATH`` strings, or a mapping of names to paths.
+        A path, several, ``NAME=PATH`` strings, or a mapping of names to paths; or URLs in their
+        place, which are fetched (:mod:`rmmformat.remote_transfer`).
     kind
         The format of all; detected where None.
     options
@@ -130,10 +133,32 @@ def open_sources(
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
     if isinstance(sources, Mapping):
-        pairs: list[tuple[str | None, Path]] = [(n, Path(p)) for n, p in sources.items()]
+        given: list[tuple[str | None, Source]] = list(sources.items())
     else:
-        pairs = [parse_source(source) for source in sources]
-    return collect(pairs, fmt=kind, options=options)
+        given = [_named(source) for source in sources]
+    if not any(is_url(place) for _, place in given):
+        return collect([(n, Path(place)) for n, place in given], fmt=kind, options=options)
+    from rmmformat.remote_transfer import open_fetched
+
+    tasks: list[SourceTask] = []
+    for name, place in given:
+        if isinstance(place, str) and is_url(place):
+            tasks += open_fetched(place, name=name, kind=kind, options=options)
+        else:
+            tasks += collect([(name, Path(place))], fmt=kind, options=options)
+    check_task_names([(task.name, task.path) for task in tasks])
+    return tasks
+
+
+def _named(source: Source) -> tuple[str | None, Source]:
+    """Split ``NAME=URL``; otherwise as :func:`parse_source`."""
+    if isinstance(source, str):
+        name, equals, rest = source.partition("=")
+        if is_url(source):
+            return None, source
+        if equals and name and "/" not in name and is_url(rest):
+            return name, rest
+    return parse_source(source)
 
 
 def check_base(tasks: Sequence[SourceTask]) -> str:
@@ -176,7 +201,7 @@ def convert(
     sources
         As :func:`open_sources` takes them, or tasks that are open already.
     path
-        The file to write; it appears whole or not at all.
+        The file to write, or a URL of a store; it appears whole or not at all.
     method
         How factors are kept.
     kind, options
@@ -195,6 +220,15 @@ def convert(
     SourceError, UnsupportedError, LossyConversionError, RmmError
         As the sources, the container and the method have it; nothing is left behind.
     """
+    if isinstance(path, str) and is_url(path):
+        from rmmformat.remote_transfer import result_file
+
+        with result_file(path, overwrite=overwrite) as local:
+            report = convert(
+                sources, local, method, kind=kind, options=options,
+                allow_base_mismatch=allow_base_mismatch, executor=executor, progress=progress,
+            )  # fmt: skip
+        return dataclasses.replace(report, path=shown(path))
     tasks = open_tasks(sources, kind, options)
     base = first_base(tasks) if allow_base_mismatch else check_base(tasks)
     by_target = group_targets(tasks)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from rmmformat.errors import UnsupportedError
 from rmmformat.format import layout
-from rmmformat.format.reader import Index
+from rmmformat.format.reader import Extent, Index
 from rmmformat.model import TargetKind, TargetShape
 
 __all__ = [
@@ -62,20 +62,6 @@ class TargetKey:
         kernel = shape.kernel + (0,) * (3 - len(shape.kernel))
         flags = int(shape.transposed)
         return (self.name.encode(), shape.n_in, shape.n_out, int(shape.kind), flags, kernel)
-
-
-@dataclasses.dataclass(frozen=True)
-class Extent:
-    """A range of the file and its checksum."""
-
-    offset: int
-    length: int
-    crc: int
-
-    @property
-    def end(self) -> int:
-        """Offset behind the last byte."""
-        return self.offset + self.length
 
 
 @dataclasses.dataclass(frozen=True)

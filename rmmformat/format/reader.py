@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +29,8 @@ from rmmformat.errors import (
 )
 from rmmformat.format import layout
 
-__all__ = ["Index", "Section", "Slot", "Violation", "nearest", "raise_violation", "read_index",
-           "while_growing"]  # fmt: skip
+__all__ = ["Extent", "Index", "Section", "Slot", "Violation", "locate_index", "nearest",
+           "raise_violation", "read_index", "while_growing"]  # fmt: skip
 
 Table = npt.NDArray[np.void]
 T = TypeVar("T")
@@ -89,6 +89,20 @@ class Slot:
     offset: int
     record: Any
     state: str  # "empty", "valid" or "damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """A range of the file and its checksum."""
+
+    offset: int
+    length: int
+    crc: int
+
+    @property
+    def end(self) -> int:
+        """Offset behind the last byte."""
+        return self.offset + self.length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +274,27 @@ class Index:
             position += size
         return offsets
 
+    def payload_of(self, task: int) -> list[Extent]:
+        """What reconstructing a task reads: its frames, then its entries, none of them empty."""
+        record = self.table("TASK")[task]
+        first, count = int(record["first_entry"]), int(record["n_entries"])
+        entries = self.table("ENTR")[first : first + count]
+        forms = self.table("FORM")[entries["form"]]
+        frames = [
+            self.frame_of(form, int(target))
+            for form, target in zip(forms, self.task_targets(task), strict=True)
+        ]
+        found = [_extent(frame["offset"], frame) for frame in frames if frame is not None]
+        found += map(_extent, self.entry_offsets(task), entries)
+        return [extent for extent in found if extent.length]
+
+    def privates_of(self, task: int) -> list[Extent]:
+        """Contents of a task's private tensors, none of them empty."""
+        record = self.table("TASK")[task]
+        first, count = int(record["first_private"]), int(record["n_privates"])
+        blobs = self.table("BLOB")[self.table("PRIV")["blob"][first : first + count]]
+        return [_extent(blob["offset"], blob) for blob in blobs if blob["length"]]
+
     def section_bytes(self, name: str) -> bytes | None:
         """Decoded bytes of a section, or None where it is absent or has no records.
 
@@ -269,6 +304,10 @@ class Index:
             It is deflated and does not inflate (RMM-026).
         """
         return self.table(name).tobytes() or None
+
+
+def _extent(offset: Any, record: Any) -> Extent:
+    return Extent(int(offset), int(record["length"]), int(record["crc"]))
 
 
 def inflate(raw: bytes | memoryview, size: int, offset: int) -> bytes:
@@ -323,8 +362,28 @@ def read_index(data: Any, path: str | None = None, header: bytes | None = None) 
     """
     from rmmformat.format.rules import OPEN_STAGES
 
-    index = Index(memoryview(data).cast("B"), header)
-    for stage in OPEN_STAGES:
+    return _checked(Index(memoryview(data).cast("B"), header), OPEN_STAGES, path)
+
+
+def locate_index(data: Any, path: str | None, header: bytes) -> tuple[int, int]:
+    """Offset and length of the index, as the header has them: nothing else of `data` is looked at.
+
+    Raises
+    ------
+    FormatError, UnsupportedError
+        For the first rule of the header that is broken.
+    """
+    from rmmformat.format import framing
+
+    stages = (framing.header, framing.slots)
+    index = _checked(Index(memoryview(data).cast("B"), header), stages, path)
+    return int(index.active["index_offset"]), int(index.active["index_length"])
+
+
+def _checked(
+    index: Index, stages: Iterable[Callable[[Index], Violations]], path: str | None
+) -> Index:
+    for stage in stages:
         for violation in stage(index):
             if violation.rule not in VALIDATE_ONLY:
                 raise_violation(violation, path)
@@ -333,10 +392,19 @@ def read_index(data: Any, path: str | None = None, header: bytes | None = None) 
 
 #: Rules that a reader can see broken for a moment while a writer is at work: it measured the file
 #: before, and read the slots after, a change; or each slot while that one was being written.
-_PASSING = frozenset({"RMM-010", "RMM-013", "RMM-014"})
+_PASSING = frozenset({"RMM-010", "RMM-012", "RMM-013", "RMM-014"})
 
 
-def while_growing(path: str | os.PathLike[str], attempt: Callable[[], T]) -> T:
+def _look(path: str | os.PathLike[str]) -> tuple[int, bytes]:
+    with Path(path).open("rb") as file:
+        return os.fstat(file.fileno()).st_size, file.read(layout.HEADER_LENGTH)
+
+
+def while_growing(
+    path: str | os.PathLike[str],
+    attempt: Callable[[], T],
+    look: Callable[[], tuple[int, bytes]] | None = None,
+) -> T:
     """Do what reads a file again for as long as a writer's change came in between.
 
     Parameters
@@ -345,6 +413,8 @@ def while_growing(path: str | os.PathLike[str], attempt: Callable[[], T]) -> T:
         The file.
     attempt
         Reads it from the start.
+    look
+        Gives its size and header, where `path` is not to be opened.
 
     Raises
     ------
@@ -358,8 +428,7 @@ def while_growing(path: str | os.PathLike[str], attempt: Callable[[], T]) -> T:
         except FormatError as error:  # noqa: PERF203
             if error.rule not in _PASSING:
                 raise
-            with Path(path).open("rb") as file:
-                now = (os.fstat(file.fileno()).st_size, file.read(layout.HEADER_LENGTH))
+            now = _look(path) if look is None else look()
             if now == seen:
                 raise
             seen = now
