@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo test check lint bench-tasks fuzz vectors clean
+.PHONY: demo test test-browser check lint bench-tasks fuzz vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -25,6 +25,11 @@ $(DEMO_VENV)/.done: $(NATIVE)
 
 test: $(VENV)/.done
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Pages in headless Chromium (Debian: apt-get install chromium).  `make test` runs these, too, where
+# there is one; here it must be.
+test-browser: $(VENV)/.done
+	RMM_BROWSER=required $(BIN)/python -m pytest tests/product/test_page_browser.py
 
 check: lint test
 

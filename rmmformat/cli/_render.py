@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rmmformat.text import percent, printable, size
+
 __all__ = ["note", "percent", "print_json", "print_table", "progress_bar", "size"]
 
 #: Progress is shown for work that takes longer than this (seconds).
@@ -48,31 +50,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def _plain(cell: str) -> str:
     # Names are data: square brackets in them must not become markup, nor escapes reach a terminal.
-    safe = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in cell)
-    return safe.replace("[", r"\[")
+    return printable(cell).replace("[", r"\[")
 
 
 def note(text: str) -> None:
     """Write a remark to standard error."""
     click.echo(text, err=True)
-
-
-def size(n_bytes: int) -> str:
-    """Bytes as people read them (powers of 1,000)."""
-    amount, unit = float(n_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if amount < 1000 or unit == "TB":
-            break
-        amount /= 1000
-    return f"{n_bytes} B" if unit == "B" else f"{amount:.2f} {unit}"
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as per cent, with the digits that small errors need."""
-    if fraction is None:
-        return "-"
-    value = 100 * fraction
-    return "0 %" if value == 0 else f"{value:.2f} %" if value >= 0.01 else f"{value:.1e} %"
 
 
 @contextlib.contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from rmmformat.cli._exit import Verb
-from rmmformat.cli._render import percent, print_json, print_table, size
+from rmmformat.cli._options import force
+from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
 from rmmformat.collection import open_collection
+from rmmformat.converters.files import atomic_file
 from rmmformat.inspect import FileInfo, entry_infos, file_info
+from rmmformat.page import collection_page
 
 __all__ = ["command"]
 
@@ -16,18 +21,38 @@ __all__ = ["command"]
 @click.argument("file", type=click.Path())
 @click.option("--task", metavar="GLOB", help="List the entries of these tasks.")
 @click.option("--target", metavar="GLOB", help="List the entries of these targets.")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    help="Write one page with pictures instead; it needs no other file.",
+)
+@force
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def command(file: str, task: str | None, target: str | None, as_json: bool) -> None:
+def command(
+    file: str, task: str | None, target: str | None, page: Path | None, force: bool, as_json: bool
+) -> None:
     """Show tasks, targets, encodings, sizes, fidelity and provenance of FILE.
 
-    Reads the index only, whatever the size of the file.
+    Reads the index only, whatever the size of the file; --html reads factors, too, and shows errors
+    by task and layer, singular spectra, and how alike the tasks are.
 
     \b
     Example:
       rmm info skills.rmm
-      rmm info skills.rmm --task sst2 --target '*.query'
+      rmm info skills.rmm --task imdb --target '*.query'
+      rmm info skills.rmm --html skills.html
     """
+    if page is not None and (task, target, as_json) != (None, None, False):
+        raise click.UsageError("--html stands alone: it has everything")
     with open_collection(file) as collection:
+        if page is not None:
+            with progress_bar() as progress:
+                text = collection_page(collection, progress)
+            with atomic_file(page, force=force) as path:
+                path.write_text(text, encoding="utf-8")
+            note(f"page: {page}")
+            return
         if task is not None or target is not None:
             entries = entry_infos(collection, task, target)
             if as_json:
