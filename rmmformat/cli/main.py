@@ -15,6 +15,7 @@ VERBS = (
     "plan",
     "convert",
     "info",
+    "card",
     "validate",
     "export",
     "add",

@@ -42,7 +42,9 @@ def delta_products(deltas: Sequence[tuple[Array, Array, float]]) -> F64:
     -----
     O((n_in + n_out) R^2) for R, the sum of the ranks, and R (n_in + n_out) values of memory.
     """
-    sides = {(A.shape[1], B.shape[0]) for A, B, _ in deltas if check_factors(A, B) is None}
+    for A, B, _ in deltas:
+        check_factors(A, B)
+    sides = {(A.shape[1], B.shape[0]) for A, B, _ in deltas}
     if len(sides) > 1:
         raise ShapeError(f"deltas differ in shape: {sorted(sides)}")
     if not deltas:
