@@ -309,7 +309,9 @@ struct Found {
     std::string message;
 };
 
-py::list validate_range(const uint8_t* data, uint64_t size) {
+// `call` validates, with the callback, what it is given and the error it is to fill.
+template <class Call>
+py::list list_violations(Call&& call) {
     std::vector<Found> found;
     rmm_error error;
     rmm_status status;
@@ -324,7 +326,7 @@ py::list validate_range(const uint8_t* data, uint64_t size) {
             }
             return 0;
         };
-        status = rmm_validate_memory(data, size, keep, &found, nullptr, &error);
+        status = call(keep, &found, &error);
     }
     if (status == RMM_STOPPED) throw std::bad_alloc();
     if (status != RMM_OK) raise(error, "");
@@ -337,13 +339,16 @@ py::list validate_range(const uint8_t* data, uint64_t size) {
 
 py::list File::validate() const {
     Shared handle = need();
-    rmm_file_info info = info_of(*handle);
-    return validate_range(info.data, info.n_bytes);
+    return list_violations([&](rmm_violation_callback keep, void* found, rmm_error* error) {
+        return rmm_validate_file(handle->file, keep, found, nullptr, error);
+    });
 }
 
 py::list validate_bytes(const py::object& data) {
     Bytes bytes(data, false);
-    return validate_range(bytes.data(), bytes.size());
+    return list_violations([&](rmm_violation_callback keep, void* found, rmm_error* error) {
+        return rmm_validate_memory(bytes.data(), bytes.size(), keep, found, nullptr, error);
+    });
 }
 
 uint32_t crc32c(const py::object& data, uint32_t crc) {
@@ -406,7 +411,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("dtype"), py::arg("out"), "Reconstruct one factor (0: A, 1: B) into a writable buffer.")
         .def("check_task", &File::check_task, py::arg("task"),
              "Compare the checksums of all payload that a task uses.")
-        .def("validate", &File::validate, "Check every rule over every byte.");
+        .def("validate", &File::validate, "Check every rule over every byte of the version that was opened.");
 
     add_trellis(module);
     module.def("validate_bytes", &validate_bytes, py::arg("data"), "Check every rule over every byte.");

@@ -195,6 +195,10 @@ void one_call(Choice& choice, const rmm_file* file, const uint8_t* data, size_t 
             Counter counter = {0, choice.one_in(4) ? 1 + choice.below(3) : 0};
             uint64_t n = 0;
             const bool quiet = choice.one_in(4);
+            if (choice.one_in(2)) {
+                settled(rmm_validate_file(handle, quiet ? nullptr : count, &counter, &n, error), error);
+                break;
+            }
             settled(rmm_validate_memory(choice.one_in(32) ? nullptr : data, size, quiet ? nullptr : count, &counter,
                                         choice.one_in(4) ? nullptr : &n, error),
                     error);

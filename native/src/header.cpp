@@ -27,7 +27,6 @@ bool is_damaged(SlotState state) {
 }
 
 bool read_preamble(Index& index, Report& report) {
-    if (index.size > 0) std::memcpy(index.head, index.data, std::min<uint64_t>(index.size, HEADER_BYTES));
     const uint8_t* data = index.head;
     if (index.size < sizeof SIGNATURE || std::memcmp(data, SIGNATURE, sizeof SIGNATURE) != 0) {
         std::string got;

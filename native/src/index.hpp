@@ -4,7 +4,9 @@
 // the number of strings, layouts and targets.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "bytes.hpp"
@@ -164,6 +166,11 @@ struct Index {
     std::vector<uint64_t> strings;       // start of each string in STRS
     std::vector<Layout> layouts;         // by layout id
     std::vector<uint32_t> first_frame;   // by target, and one more; empty if there are no frames
+
+    Index() = default;
+    Index(const uint8_t* bytes, uint64_t n_bytes) : data(bytes), size(n_bytes) {
+        if (size > 0) std::memcpy(head, data, std::min(size, HEADER_BYTES));
+    }
 
     const Table& table(TableId id) const { return tables[id]; }
     uint64_t count(TableId id) const { return tables[id].count; }

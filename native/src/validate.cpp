@@ -193,10 +193,7 @@ class Validator {
 
 }  // namespace
 
-void validate(const uint8_t* data, uint64_t size, Report& report) {
-    Index index;
-    index.data = data;
-    index.size = size;
+void validate(Index& index, Report& report) {
     Watching watching(report);
     bool complete = read_index(index, watching);
     check_slots(index, report);

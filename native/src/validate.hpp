@@ -1,10 +1,11 @@
 // Every rule over every byte.
 #pragma once
 
-#include "report.hpp"
+#include "index.hpp"
 
 namespace rmm {
 
-void validate(const uint8_t* data, uint64_t size, Report& report);
+// `index` has bytes and the copy of their header; nothing of it needs to have been read.
+void validate(Index& index, Report& report);
 
 }  // namespace rmm

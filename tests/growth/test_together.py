@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import rmmformat as rmm
+from rmmformat import _native
 from rmmformat.errors import RmmError, TruncatedError
 from rmmformat.format.disk import DISK, Disk
 from rmmformat.format.growth import Growth, compact_file
@@ -195,6 +196,7 @@ def test_who_has_the_file_open_keeps_the_collection(tmp_path: Path) -> None:
     path = tmp_path / "x.rmm"
     first_file(path)
     old = loaded(path)
+    native = _native.File.open(path)
     with rmm.open(path) as before:
         values = {name: before.load(name).arena.copy() for name in before.tasks}
         heads = {name: before.privates(name)["head"].copy() for name in before.tasks}
@@ -203,6 +205,7 @@ def test_who_has_the_file_open_keeps_the_collection(tmp_path: Path) -> None:
         with rmm.open(path) as between:
             remove(path)
             compact_file(path)
+            assert native.validate() == []
             for collection, names in ((before, 3), (between, 4)):
                 assert len(collection.tasks) == names
                 assert len(collection.index.task_names) == names  # read only now

@@ -276,10 +276,16 @@ RMM_API rmm_status rmm_check_task(const rmm_file *file, uint64_t task,
  * Check every rule over every byte and call back for each violation; n_violations (may be null)
  * receives their number. RMM_OK means that the check ran, not that the file is valid. After 1,000
  * violations of one rule further ones of that rule are counted but not reported. RMM-091 needs the
- * JSON schema and is not checked here.
+ * JSON schema and is not checked here. A file that is being grown is looked at again until a whole
+ * version of it is found.
  */
 RMM_API rmm_status rmm_validate(const char *path, rmm_violation_callback callback, void *user,
                                 uint64_t *n_violations, rmm_error *error) RMM_NOEXCEPT;
+
+/* As rmm_validate, of an open file: of the version that was opened, also if the file grew since. */
+RMM_API rmm_status rmm_validate_file(const rmm_file *file, rmm_violation_callback callback,
+                                     void *user, uint64_t *n_violations,
+                                     rmm_error *error) RMM_NOEXCEPT;
 
 /* As rmm_validate, of bytes in memory. */
 RMM_API rmm_status rmm_validate_memory(const void *data, uint64_t n_bytes,
