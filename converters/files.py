@@ -9,9 +9,10 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rmmformat.errors import RmmError, SourceError
 from rmmformat.format.disk import DISK
@@ -22,6 +23,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "describe_file",
+    "open_plain",
     "parse_json_object",
     "read_json_object",
 ]
@@ -31,6 +33,21 @@ __all__ = [
 JSON_LIMIT = 16 << 20
 
 _CHUNK = 1 << 20
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to read, and nothing that one could wait on for ever (a pipe, a terminal).
+
+    Raises
+    ------
+    SourceError
+        It is there, and no plain file.
+    OSError
+        It cannot be opened.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise SourceError("not a file", path=str(path))
+    return path.open("rb")
 
 
 def describe_file(path: Path) -> SourceFile:
@@ -44,7 +61,7 @@ def describe_file(path: Path) -> SourceFile:
     digest = hashlib.sha256()
     n_bytes = 0
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
                 n_bytes += len(chunk)
@@ -62,7 +79,7 @@ def read_json_object(path: Path) -> tuple[str, dict[str, Any]]:
         Not readable, larger than :data:`JSON_LIMIT`, not UTF-8, or not one strict JSON object.
     """
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             raw = stream.read(JSON_LIMIT + 1)
     except OSError as error:
         raise SourceError(f"cannot read the file: {error.strerror}", path=str(path)) from error

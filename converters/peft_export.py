@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rmmformat.converters.base import Options
 from rmmformat.converters.files import atomic_folder, parse_json_object
 from rmmformat.converters.peft_config import CONFIG_NAME, Scaling, settings_of
 from rmmformat.converters.peft_layout import outer_module
 from rmmformat.converters.peft_match import TargetRule, covers_module
-from rmmformat.errors import RmmError, UnsupportedError
+from rmmformat.converters.safetensors_writer import FactorReader, Planned, write_safetensors
+from rmmformat.errors import LossyConversionError, RmmError, UnsupportedError
 from rmmformat.model import (
     Action,
-    Array,
     LedgerLine,
     PrivateInfo,
     Role,
@@ -46,46 +44,45 @@ _CLOSE = 1e-6  # relative: a scale that went through float32 still counts as the
 def export_adapter(
     task: SourceTask, out: Path, *, force: bool, options: Options
 ) -> tuple[LedgerLine, ...]:
-    """Write the folder (see :meth:`rmmformat.converters.peft.PeftExporter.export`).
-
-    Notes
-    -----
-    The safetensors library writes a file from arrays in memory, so the whole task is held at once.
-    """
+    """Write the folder (see :meth:`rmmformat.converters.peft.PeftExporter.export`)."""
     privates = {} if options.drop_private else dict(task.privates)
     ledger = [
         LedgerLine(f"tensor {name}", Action.IGNORED, "notice: dropped on request")
         for name in task.privates
         if name not in privates
     ]
+    for name, private in privates.items():
+        if private.role is Role.OTHER and ".lora_velora_embed" not in f".{name}":
+            raise LossyConversionError(
+                f"PEFT would not load the private tensor {name!r} of task {task.name!r}",
+                hint="Leave it out with --drop-private.",
+            )
     config_text, changes = fit_config(task, privates)
     ledger.extend(changes)
     keys = tensor_keys(task.targets, privates)
-    tensors: dict[str, Array] = {}
+    reader = FactorReader(task)
+    tensors: dict[str, Planned] = {}
     for target, info in task.targets.items():
-        factors = task.factors(target)
-        inner = info.shape.n_in // math.prod(info.shape.kernel)
-        ones = (1,) * len(info.shape.kernel)
-        a, b = factors.A, factors.B
-        if info.shape.kind is TargetKind.CONV:
-            a = a.reshape(factors.rank, inner, *info.shape.kernel)
-            b = b.reshape(info.shape.n_out, factors.rank, *ones)
+        kernel = info.shape.kernel
+        inner = info.shape.n_in // math.prod(kernel)
         key_a, key_b = keys[target]
-        tensors[key_a], tensors[key_b] = np.asarray(a, order="C"), np.asarray(b, order="C")
+        tensors[key_a], tensors[key_b] = reader.planned(
+            target,
+            (info.rank, inner, *kernel),
+            (info.shape.n_out, info.rank, *(1,) * len(kernel)),
+        )
         ledger.append(LedgerLine(f"tensor {key_a}", Action.USED, f"factor A of {target}"))
         ledger.append(LedgerLine(f"tensor {key_b}", Action.USED, f"factor B of {target}"))
     for name in privates:
         (key,) = keys[name]
-        tensors[key] = np.asarray(task.private_tensor(name), order="C")
+        tensors[key] = reader.private(name)
         ledger.append(LedgerLine(f"tensor {key}", Action.STORED, f"private tensor {name}"))
     if len(tensors) < 2 * len(task.targets) + len(privates):
         raise RmmError(f"two tensors of task {task.name!r} would get one name in PEFT")
 
-    from safetensors.numpy import save_file
-
     with atomic_folder(out, force=force, known=_KNOWN) as folder:
         (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8", newline="")
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(folder / _WEIGHTS, tensors, {"format": "pt"})
     return tuple(ledger)
 
 

@@ -4,8 +4,7 @@ Layout
 ------
 ``TARGET.lora_A`` (rank, n_in) and ``TARGET.lora_B`` (n_out, rank) in the task's dtypes, private
 tensors under their own names.  The delta of a target is ``scale * B @ A``; scales, kinds and all
-else that is not an array are one JSON object under the metadata key ``rmmformat``: one key, because
-the library writes several in random order::
+else that is not an array are one JSON object under the metadata key ``rmmformat``::
 
     {"version": 1, "task": NAME, "base_model": ID, "config": TEXT,
      "targets": {TARGET: {"scale": 2.0, "kind": "linear", "transposed": false, "kernel": []}},
@@ -17,13 +16,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.casting import cast_task
 from rmmformat.converters.files import atomic_file
+from rmmformat.converters.safetensors_writer import FactorReader, Planned, write_safetensors
 from rmmformat.errors import RmmError
-from rmmformat.model import Action, Array, LedgerLine, SourceTask
+from rmmformat.model import Action, LedgerLine, SourceTask
 
 __all__ = ["METADATA_KEY", "SafetensorsExporter"]
 
@@ -38,7 +36,7 @@ class SafetensorsExporter:
     def export(
         self, task: SourceTask, out: Path, *, force: bool = False, options: Options = DEFAULTS
     ) -> tuple[LedgerLine, ...]:
-        """Write the file ``out``; the whole task is held in memory.
+        """Write the file ``out``, one tensor at a time.
 
         Raises
         ------
@@ -48,23 +46,26 @@ class SafetensorsExporter:
             ``out`` exists and ``force`` is not set, or cannot be written.
         """
         task = cast_task(task, options.dtype)
-        tensors: dict[str, Array] = {}
+        reader = FactorReader(task)
+        tensors: dict[str, Planned] = {}
         ledger: list[LedgerLine] = []
 
-        def put(name: str, array: Array, action: Action, detail: str) -> None:
+        def put(name: str, tensor: Planned, action: Action, detail: str) -> None:
             if name in tensors:
                 raise RmmError(f"two tensors of task {task.name!r} would be called {name!r}")
-            tensors[name] = np.asarray(array, order="C")
+            tensors[name] = tensor
             ledger.append(LedgerLine(f"tensor {name}", action, detail))
 
-        for target in task.targets:
-            factors = task.factors(target)
-            put(f"{target}.lora_A", factors.A, Action.USED, f"factor A of {target}")
-            put(f"{target}.lora_B", factors.B, Action.USED, f"factor B of {target}")
+        for target, info in task.targets.items():
+            a, b = reader.planned(
+                target, (info.rank, info.shape.n_in), (info.shape.n_out, info.rank)
+            )
+            put(f"{target}.lora_A", a, Action.USED, f"factor A of {target}")
+            put(f"{target}.lora_B", b, Action.USED, f"factor B of {target}")
         kept = {} if options.drop_private else task.privates
-        for name, info in task.privates.items():
+        for name, private in task.privates.items():
             if name in kept:
-                put(name, task.private_tensor(name), Action.STORED, info.role.name.lower())
+                put(name, reader.private(name), Action.STORED, private.role.name.lower())
             else:
                 line = LedgerLine(f"tensor {name}", Action.IGNORED, "notice: dropped on request")
                 ledger.append(line)
@@ -86,8 +87,6 @@ class SafetensorsExporter:
         }
         text = json.dumps(about, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
-        from safetensors.numpy import save_file
-
         with atomic_file(out, force=force) as temporary:
-            save_file(tensors, temporary, metadata={METADATA_KEY: text})
+            write_safetensors(temporary, tensors, {METADATA_KEY: text})
         return tuple(ledger)
