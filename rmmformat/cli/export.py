@@ -55,7 +55,7 @@ def command(
 
     \b
     Example:
-      rmm export skills.rmm sst2 --to peft -o sst2/
+      rmm export skills.rmm imdb --to peft -o imdb/
     """
     exporter = get_exporter(target_format)
     with open_collection(file) as collection:

@@ -56,5 +56,5 @@ def main() -> None:
       rmm plan adapters/
       rmm convert adapters/ -o skills.rmm --max-error 5%
       rmm info skills.rmm
-      rmm export skills.rmm sst2 --to peft -o sst2/
+      rmm export skills.rmm imdb --to peft -o imdb/
     """

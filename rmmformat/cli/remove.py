@@ -34,7 +34,7 @@ def command(
 
     \b
     Example:
-      rmm remove skills.rmm mnli qqp
+      rmm remove skills.rmm spam yelp
     """
     report = remove(file, tasks, dry_run=dry_run, wait=wait, notice=note)
     if as_json:
