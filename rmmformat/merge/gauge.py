@@ -37,7 +37,7 @@ def check_factors(A: Array, B: Array) -> None:
 def delta_svd(A: Array, B: Array) -> tuple[F64, F64, F64]:
     """Singular value decomposition ``B A = U diag(s) V`` of a delta that is never formed.
 
-    Signs: in each column u of U the signed sum of squares, sum u |u|, is positive, so that no
+    Signs: in each column u of U the signed sum of squares, ``sum u |u|``, is positive, so that no
     single value decides (Bro, Acar & Kolda 2008, who project the data on the direction; here that
     is s times the column of the other factor).
 
