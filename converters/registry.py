@@ -102,6 +102,21 @@ BUILT_IN: tuple[Format, ...] = (
         needs=("safetensors",),
         install="pip install safetensors",
     ),
+    Format(
+        name="gguf",
+        description="GGUF LoRA adapter of llama.cpp, or a folder of such files",
+        importer="rmmformat.converters.gguf:GgufImporter",
+        exporter="rmmformat.converters.gguf:GgufExporter",
+        needs=("gguf",),
+        install="pip install 'rmmformat[gguf]'",
+        refuses=(
+            "activated LoRA (invocation tokens)",
+            "tensors of types other than F32, F16, BF16 and Q8_0",
+            "architectures whose weights llama.cpp orders in a way that is not known here",
+            "weights that llama.cpp splits, joins or scales, and those it applies no pair to",
+            "writing: private tensors, convolutions, Conv1D, embeddings that are the head, too",
+        ),
+    ),
 )
 
 
