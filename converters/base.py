@@ -13,9 +13,13 @@ An **importer**
 - answers ``open(path, name=..., options=...)`` with one task or, for a folder of adapters,
   several, in the order of their names.  ``name`` renames a single task; with several it is an
   error;
-- reads no tensor data in ``open``, and keeps none afterwards: ``factors`` and ``private_tensor``
-  read at each call, and raise :class:`~rmmformat.errors.NonFiniteError` for a tensor with NaN or
-  infinity unless ``options.allow_nonfinite``;
+- reads no tensor data in ``open``, and keeps none in memory afterwards: ``factors`` and
+  ``private_tensor`` read at each call, and raise :class:`~rmmformat.errors.NonFiniteError` for a
+  tensor with NaN or infinity unless ``options.allow_nonfinite``.  Where only the data tell what
+  the targets are (a fine-tune beside its base), the task has a method ``prepare(progress)``
+  (:class:`Prepared`), which goes through the data once and may keep what it computes in a
+  temporary file without a name; so do ``targets``, ``privates`` and ``ledger`` of such a task, if
+  nobody has called it before;
 - resolves every scaling rule of its format to **one** scale per target, so that
   ``scale * B @ A`` is what the foreign runtime adds;
 - accounts for every tensor, configuration field and file of its source: used, folded into another
@@ -48,13 +52,13 @@ Foreign libraries are imported inside functions.  A new format is one new module
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rmmformat.model import LedgerLine, SourceTask
 
-__all__ = ["DEFAULTS", "Exporter", "Importer", "Options"]
+__all__ = ["DEFAULTS", "Exporter", "Importer", "Options", "Prepared"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,12 @@ class Options:
         default the task's own.
     names
         Target name to foreign name, where a format's own rule cannot tell.
+    rank, energy, extract_error
+        How many components are extracted from the change of a whole weight: at most so many; the
+        fewest that keep this part of its squared norm; the fewest that leave at most this relative
+        error.  By default 16.
+    svd
+        How: ``"exact"``, ``"random"``, or ``"auto"``, which chooses by size.
     """
 
     allow_pickle: bool = False
@@ -86,9 +96,35 @@ class Options:
     base: Path | None = None
     dtype: str | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rank: int | None = None
+    energy: float | None = None
+    extract_error: float | None = None
+    svd: str = "auto"
 
 
 DEFAULTS = Options()
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A source task whose targets must be computed; also a :class:`SourceTask`."""
+
+    def extraction(self) -> Mapping[str, Any]:
+        """How factors were made: parameters, and ``error``, the measured relative error."""
+
+    def prepare(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compute all that is not known yet; calling it again costs nothing.
+
+        Parameters
+        ----------
+        progress
+            Called with what is being done, how much of it is done, and how much there is.
+
+        Raises
+        ------
+        SourceError, UnsupportedError, RmmError
+            As ``open``.
+        """
 
 
 class Importer(Protocol):

@@ -18,13 +18,14 @@ import math
 import re
 from collections.abc import Collection as AnyCollection
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from rmmformat.converters.checkpoint_store import Checkpoint
 from rmmformat.errors import UnsupportedError
-from rmmformat.model import Array, TargetKind, TargetShape
+from rmmformat.model import TargetKind, TargetShape
 
 __all__ = [
     "as_delta",
@@ -35,6 +36,8 @@ __all__ = [
     "target_of",
     "tied_output",
 ]
+
+T = TypeVar("T", bound=np.generic)
 
 _LARGEST_KERNEL = 64
 #: Words of a module's name that make it an embedding, and those that unmake it.
@@ -112,14 +115,14 @@ def _is_embedding(own: str) -> bool:
     return own in _EMBEDDINGS or bool(words & _EMBEDDING and not words & _NO_EMBEDDING)
 
 
-def as_delta(weight: Array, shape: TargetShape) -> Array:
+def as_delta(weight: npt.NDArray[T], shape: TargetShape) -> npt.NDArray[T]:
     """View a stored weight, or a difference of two, as a delta (n_out, n_in)."""
     if shape.transposed or shape.kind is TargetKind.EMBEDDING:
         return weight.T
     return weight.reshape(shape.n_out, shape.n_in)
 
 
-def as_weight(delta: Array, shape: TargetShape) -> Array:
+def as_weight(delta: npt.NDArray[T], shape: TargetShape) -> npt.NDArray[T]:
     """View a delta (n_out, n_in) in the shape of the stored weight."""
     if shape.transposed or shape.kind is TargetKind.EMBEDDING:
         return delta.T
@@ -160,7 +163,9 @@ def base_names(names: AnyCollection[str], base: AnyCollection[str]) -> dict[str,
     return max(found, key=len)
 
 
-def tied_output(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str | None]:
+def tied_output(
+    checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> tuple[tuple[str, ...], str | None]:
     """Find the input embedding that is also the output weight, where only the input is stored.
 
     Returns
@@ -170,7 +175,6 @@ def tied_output(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str | None]:
         model's head, or both weights are stored.  The name of the module that shares the weight;
         None where the architecture does not tell or several embeddings could be meant.
     """
-    config = checkpoint.config
     architectures = [a for a in config.get("architectures") or () if isinstance(a, str)]
     causal = any(a.endswith(_CAUSAL) for a in architectures)
     if not config.get("tie_word_embeddings", True) or not (

@@ -9,6 +9,7 @@ of a file of many gigabytes never count as this process's memory.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rmmformat.converters.tensors import (
 from rmmformat.errors import NotFoundError, SourceError, UnsupportedError
 from rmmformat.model import Array
 
-__all__ = ["Checkpoint", "find_checkpoints", "find_weights", "open_checkpoint"]
+__all__ = ["CONFIG_NAME", "Checkpoint", "find_checkpoints", "find_weights", "open_checkpoint"]
 
 CONFIG_NAME = "config.json"
 
@@ -49,7 +50,7 @@ _RELEASE_AFTER = 256 << 20  # bytes read from a pickled file before its pages ar
 
 
 class Checkpoint:
-    """The tensors of one model.
+    """The tensors of one model.  Reading is thread-safe.
 
     Attributes
     ----------
@@ -82,6 +83,7 @@ class Checkpoint:
         self._store = store
         self._keys = _inside_names(store.metas, path)
         self._unreleased = 0
+        self._lock = threading.Lock()
         self.metas: Mapping[str, TensorMeta] = {
             inside: store.metas[key] for inside, key in sorted(self._keys.items())
         }
@@ -89,6 +91,15 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<Checkpoint {str(self.path)!r}: {len(self.metas)} tensors>"
+
+    @property
+    def model_id(self) -> str:
+        """Name of the model: of its repository if it lies in the Hub's cache, else :attr:`name`."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        for part in folder.absolute().parts:
+            if part.startswith("models--"):
+                return "/".join(part.split("--")[1:])
+        return self.name
 
     def key_of(self, name: str) -> str:
         """Give the name that the file has for a tensor, with what training wrapped around it."""
@@ -111,9 +122,11 @@ class Checkpoint:
             The file can no longer be read, or is not the one that was opened.
         """
         self._check(name)
-        array = self._store.read(self._keys[name])
         release = getattr(self._store, "release", None)
-        if release is not None:
+        if release is None:
+            return self._store.read(self._keys[name])
+        with self._lock:
+            array = self._store.read(self._keys[name])
             self._unreleased += array.nbytes
             if self._unreleased > _RELEASE_AFTER:
                 release()

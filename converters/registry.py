@@ -117,6 +117,19 @@ BUILT_IN: tuple[Format, ...] = (
             "writing: private tensors, convolutions, Conv1D, embeddings that are the head, too",
         ),
     ),
+    # Last: weights of a whole model are what they are only if they are nothing more special.
+    Format(
+        name="checkpoint",
+        description="fine-tuned model, or a folder of such; needs --base",
+        importer="rmmformat.converters.checkpoint:CheckpointImporter",
+        needs=("safetensors",),
+        install="pip install safetensors",
+        refuses=(
+            "quantised models",
+            "models whose layers are not the base's",
+            "tied weights of encoder-decoders and masked language models, where they have changed",
+        ),
+    ),
 )
 
 
