@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def compare(
     evaluation: str = "",
     allow_base_mismatch: bool = False,
     dense_limit: int = DENSE_LIMIT,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run methods on a collection.
@@ -168,6 +170,8 @@ def compare(
     dense_limit
         Most values of the dense deltas of all tasks at one target; methods that need more are
         listed with a note and not run.
+    executor
+        Where targets are coded of methods that the container holds; their seconds are less for it.
     progress
         Called as the work goes on.
 
@@ -188,7 +192,7 @@ def compare(
 
         step(0, 1)
         with tempfile.TemporaryDirectory(prefix="rmm-compare-") as folder:
-            options = _Options(evaluate, allow_base_mismatch, dense_limit, Path(folder))
+            options = _Options(evaluate, allow_base_mismatch, dense_limit, Path(folder), executor)
             if isinstance(contender, Stored):
                 found.append(_stored(contender, targets, options, step))
             else:
@@ -213,6 +217,7 @@ class _Options:
     allow_base_mismatch: bool
     dense_limit: int
     folder: Path
+    executor: Executor | None
 
 
 class _Targets:
@@ -265,6 +270,7 @@ def _stored(
             path,
             contender.method,
             allow_base_mismatch=options.allow_base_mismatch,
+            executor=options.executor,
             progress=lambda what, done, total: step(done, 3 * total) if what == "targets" else None,
         )
     except (OptionError, UnsupportedError) as error:  # this method's limits, not the sources'

@@ -28,6 +28,7 @@ from rmmformat.merge.error import summarize
 from rmmformat.model import Factors, LedgerLine, SourceTask
 from rmmformat.provenance import described_anew
 from rmmformat.remote import is_url, shown
+from rmmformat.workers import worker_errors
 
 __all__ = [
     "CollectionTargets",
@@ -385,10 +386,13 @@ def _map_targets(
                     exhausted = True
                     break
                 factors = [task.factors(following.name) for task in by_target[following]]
-                future = executor.submit(with_one_thread, function_of(following), factors)
+                with worker_errors():
+                    future = executor.submit(with_one_thread, function_of(following), factors)
                 running[future] = following
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                with worker_errors():
+                    result = future.result()
+                yield running.pop(future), result
     finally:
         for future in running:
             future.cancel()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from rmmformat.converters.base import Options
+from rmmformat.workers import worker_pool
 
-__all__ = ["Reading", "as_json", "force", "names", "reads_sources", "worker_pool", "workers"]
+__all__ = ["Pool", "Reading", "as_json", "force", "names", "reads_sources", "workers"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+Pool = AbstractContextManager[Executor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +52,30 @@ names = click.option(
     metavar="TARGET=NAME",
     help="Foreign name of a target, where it cannot be told; may be given again.",
 )
-workers = click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes that work on targets.",
-)
+
+
+def workers(command: F) -> F:
+    """Give a verb the options of parallel work; it is called with ``pool``, to be entered."""
+
+    @functools.wraps(command)
+    def with_pool(*args: Any, workers: int, scheduler: str | None, **given: Any) -> Any:
+        return command(*args, pool=worker_pool(workers, scheduler), **given)
+
+    for option in (
+        click.option(
+            "--scheduler", metavar="ADDRESS", help="A Dask scheduler whose workers to use instead."
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Processes that work on targets.",
+        ),
+    ):
+        with_pool = option(with_pool)
+    return with_pool  # type: ignore[return-value]  # click's decorators keep what they wrap
+
 
 #: What decides how a source is read; one that is called as a field of Options becomes that field.
 _SOURCE_OPTIONS = (
@@ -96,16 +115,3 @@ def reads_sources(command: F) -> F:
     for option in reversed(_SOURCE_OPTIONS):
         with_reading = option(with_reading)
     return with_reading  # type: ignore[return-value]  # click's decorators keep what they wrap
-
-
-@contextlib.contextmanager
-def worker_pool(count: int) -> Iterator[Executor | None]:
-    """Processes to code targets on; none for one worker.  What waits is cancelled at the end."""
-    if count == 1:
-        yield None
-        return
-    executor = ProcessPoolExecutor(count)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from rmmformat.cli._exit import Verb
-from rmmformat.cli._options import Reading, reads_sources
+from rmmformat.cli._options import Pool, Reading, reads_sources, workers
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
 from rmmformat.format.lock import DEFAULT_WAIT
 from rmmformat.grow import AddReport, add
@@ -34,6 +34,7 @@ _MUCH = 0.2
 )
 @click.option("--exact", is_flag=True, help="Keep the new tasks' factors bit for bit.")
 @click.option("--encoding", metavar="NAME", help="Keep all rows of the new tasks in f16, q8, ...")
+@workers
 @reads_sources
 @click.option(
     "--wait",
@@ -46,7 +47,7 @@ _MUCH = 0.2
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     file: str, sources: tuple[str, ...], replace: bool, max_error: str | None, part: str | None,
-    exact: bool, encoding: str | None, reading: Reading, wait: float, as_json: bool,
+    exact: bool, encoding: str | None, pool: Pool, reading: Reading, wait: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Add tasks to FILE in place; tasks that it has keep every byte.
 
@@ -58,8 +59,8 @@ def command(
 
     \b
     Example:
-      rmm add skills.rmm adapters/mnli
-      rmm add skills.rmm sst2=adapters/sst2-v2 --replace
+      rmm add skills.rmm new/sms
+      rmm add skills.rmm imdb=new/imdb-v2 --replace
     """
     asked = (max_error, part, encoding) != (None,) * 3 or exact
     method = (
@@ -67,7 +68,7 @@ def command(
         if asked
         else None
     )
-    with progress_bar(quiet=as_json) as progress:
+    with pool as executor, progress_bar(quiet=as_json) as progress:
         report = add(
             file,
             sources,
@@ -78,6 +79,7 @@ def command(
             allow_base_mismatch=reading.allow_base_mismatch,
             wait=wait,
             notice=note,
+            executor=executor,
             progress=progress,
         )
     _show(report, as_json)

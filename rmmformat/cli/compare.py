@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rmmformat.cli._exit import Verb
-from rmmformat.cli._options import Reading, reads_sources
+from rmmformat.cli._options import Pool, Reading, reads_sources, workers
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
 from rmmformat.compare import DENSE_LIMIT, Comparison, compare, load_evaluation
 from rmmformat.contenders import FAMILIES, contenders
@@ -90,13 +90,14 @@ def _show_methods(ctx: click.Context, _param: object, value: bool) -> None:
     metavar="VALUES",
     help="Skip methods that need more dense values at one target.",
 )
+@workers
 @reads_sources
 @click.option("--force", is_flag=True, help="Replace an existing page.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     sources: tuple[str, ...], methods: tuple[str, ...] | None, sizes: tuple[float, ...],
     components: tuple[int, ...], evaluation: str | None, page: Path | None, density: float,
-    seed: int, dense_limit: int, reading: Reading, force: bool, as_json: bool,
+    seed: int, dense_limit: int, pool: Pool, reading: Reading, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run many ways of keeping the same adapters, and show bytes, error, time and score of each.
 
@@ -124,7 +125,7 @@ def command(
         seed=seed,
         **({"sizes": sizes} if sizes else {}),
     )
-    with progress_bar(quiet=as_json) as progress:
+    with pool as executor, progress_bar(quiet=as_json) as progress:
         found = compare(
             tasks,
             chosen,
@@ -132,6 +133,7 @@ def command(
             evaluation=evaluation or "",
             allow_base_mismatch=reading.allow_base_mismatch,
             dense_limit=dense_limit,
+            executor=executor,
             progress=progress,
         )
     if page is not None:

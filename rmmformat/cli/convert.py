@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from rmmformat.cli._exit import Verb
-from rmmformat.cli._options import Reading, reads_sources, worker_pool, workers
+from rmmformat.cli._options import Pool, Reading, reads_sources, workers
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
 from rmmformat.methods import DEFAULT_MAX_ERROR, choose_method
 from rmmformat.pipeline import ConvertReport, convert
@@ -69,7 +69,7 @@ def _grouping(_ctx: object, _param: object, value: str | None) -> str | int | No
 def command(
     sources: tuple[str, ...], output: str, max_error: str | None, part: str | None,
     exact: bool, components: int | None, encoding: str | None, grouping: str | int | None,
-    align: str | None, workers: int, reading: Reading, force: bool, ledger: bool, as_json: bool,
+    align: str | None, pool: Pool, reading: Reading, force: bool, ledger: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn adapters into one .rmm file.
 
@@ -96,7 +96,7 @@ def command(
             f"keeping every delta within {percent(DEFAULT_MAX_ERROR)}; choose with --max-error E, "
             "--size FRACTION or --exact"
         )
-    with worker_pool(workers) as executor, progress_bar(quiet=as_json) as progress:
+    with pool as executor, progress_bar(quiet=as_json) as progress:
         report = convert(
             sources,
             output,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from rmmformat.cli._exit import Verb
-from rmmformat.cli._options import Reading, reads_sources, worker_pool, workers
+from rmmformat.cli._options import Pool, Reading, reads_sources, workers
 from rmmformat.cli._render import percent, print_json, print_table, progress_bar, size
 from rmmformat.methods import parse_fraction
 from rmmformat.plan import ERRORS, SIZES, PlanReport, plan
@@ -39,7 +39,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     sources: tuple[str, ...], max_errors: tuple[str, ...], sizes: tuple[str, ...], measure: bool,
-    workers: int, reading: Reading, as_json: bool,
+    pool: Pool, reading: Reading, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what the SOURCEs would take and lose at different settings; nothing is written.
 
@@ -54,7 +54,7 @@ def command(
     errors = [parse_fraction(text, "max-error") for text in max_errors]
     parts = [parse_fraction(text, "size") for text in sizes]
     chosen = bool(errors or parts)
-    with worker_pool(workers) as executor, progress_bar(quiet=as_json) as progress:
+    with pool as executor, progress_bar(quiet=as_json) as progress:
         report = plan(
             sources,
             max_errors=errors if chosen else ERRORS,
