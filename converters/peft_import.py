@@ -6,15 +6,19 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from rmmformat.converters.base import Options
 from rmmformat.converters.files import describe_file
 from rmmformat.converters.names import check_name, task_name_of
 from rmmformat.converters.peft_config import CONFIG_NAME, LoraSettings, read_settings
 from rmmformat.converters.peft_layout import Layout, describe_prefixes, lay_out
-from rmmformat.converters.tensors import SafetensorsStore, TensorStore, check_index, open_sharded
-from rmmformat.errors import NonFiniteError, NotFoundError, SourceError, UnsupportedError
+from rmmformat.converters.tensors import (
+    SafetensorsStore,
+    TensorStore,
+    check_index,
+    open_sharded,
+    read_finite,
+)
+from rmmformat.errors import NotFoundError, SourceError, UnsupportedError
 from rmmformat.model import (
     Action,
     Array,
@@ -128,16 +132,7 @@ class PeftTask:
         return self._read(self._layout.private_keys[name])
 
     def _read(self, key: str) -> Array:
-        array = self._store.read(key)
-        if not self._allow_nonfinite and array.dtype.kind not in "biu":
-            n_bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-            if n_bad:
-                raise NonFiniteError(
-                    f"tensor {key!r}: {n_bad} of {array.size} values are NaN or infinite",
-                    path=str(self._store.metas[key].path),
-                    hint="The adapter is broken. Allow non-finite values to look into it.",
-                )
-        return array
+        return read_finite(self._store, key, allow=self._allow_nonfinite)
 
 
 def open_adapter(folder: Path, name: str | None, options: Options) -> PeftTask:

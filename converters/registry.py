@@ -103,6 +103,19 @@ BUILT_IN: tuple[Format, ...] = (
         install="pip install safetensors",
     ),
     Format(
+        name="kohya",
+        description="LoRA file of an image model (kohya, diffusers), or a folder of such files",
+        importer="rmmformat.converters.kohya:KohyaImporter",
+        exporter="rmmformat.converters.kohya:KohyaExporter",
+        needs=("safetensors",),
+        install="pip install safetensors",
+        refuses=(
+            "LyCORIS methods: LoHa (hada), LoKr, Tucker cores (lora_mid), GLoRA, IA3, OFT, norms",
+            "factors that are not float32, float16 or bfloat16",
+            "writing: embeddings, Conv1D, names of no component of an image model without --map",
+        ),
+    ),
+    Format(
         name="gguf",
         description="GGUF LoRA adapter of llama.cpp, or a folder of such files",
         importer="rmmformat.converters.gguf:GgufImporter",

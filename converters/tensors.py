@@ -17,10 +17,17 @@ import ml_dtypes
 import numpy as np
 
 from rmmformat.converters.files import read_json_object
-from rmmformat.errors import SourceError, UnsupportedError
+from rmmformat.errors import NonFiniteError, SourceError, UnsupportedError
 from rmmformat.model import Array
 
-__all__ = ["SafetensorsStore", "TensorMeta", "TensorStore", "check_index", "open_sharded"]
+__all__ = [
+    "SafetensorsStore",
+    "TensorMeta",
+    "TensorStore",
+    "check_index",
+    "open_sharded",
+    "read_finite",
+]
 
 _TENSOR_LIMIT = 1 << 18  # tensors in one file; the largest adapters have some ten thousand
 
@@ -141,6 +148,13 @@ class SafetensorsStore:
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise SourceError(f"tensor {name!r}: {error}", path=str(meta.path)) from error
 
+    def metadata(self) -> dict[str, str]:
+        """Texts of the files' headers, by key; the later file's where both have one."""
+        texts: dict[str, str] = {}
+        for path in self._paths:
+            texts.update(self._handle(path).metadata() or {})
+        return texts
+
     def _handle(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
@@ -158,6 +172,26 @@ class SafetensorsStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
+
+
+def read_finite(store: TensorStore, key: str, *, allow: bool) -> Array:
+    """Read a tensor and refuse NaN and infinity in it, unless they are allowed.
+
+    Raises
+    ------
+    NonFiniteError
+        It holds some; the message names the tensor and says how many.
+    """
+    array = store.read(key)
+    if not allow and array.dtype.kind not in "biu":
+        n_bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if n_bad:
+            raise NonFiniteError(
+                f"tensor {key!r}: {n_bad} of {array.size} values are NaN or infinite",
+                path=str(store.metas[key].path),
+                hint="The adapter is broken. Allow non-finite values to look into it.",
+            )
+    return array
 
 
 def open_sharded(index_path: Path) -> tuple[Path, ...]:

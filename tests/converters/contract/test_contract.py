@@ -105,8 +105,10 @@ def test_import(check, case, tmp_path):
 def test_each_source_is_known_by_one_format(case, tmp_path):
     path = build(case, tmp_path / "source")
     claims = [row.name for row in formats() if row.importer and get_importer(row.name).detect(path)]
-    assert claims == ([case.format] if case.sample.detected else [])
-    if claims:
+    # Whole models are the last resort: any weights at all may be some.
+    known = [name for name in claims if name != "checkpoint" or case.format == name]
+    assert known == ([case.format] if case.sample.detected else [])
+    if known:
         assert detect(path) == case.format
 
 
