@@ -15,10 +15,11 @@ from typing import Any
 
 from rmmformat.coding import Exact, MaxError, Method, Plain, Published, Size
 from rmmformat.converters.base import DEFAULTS, Options
-from rmmformat.errors import LossyConversionError, OptionError, RmmError
+from rmmformat.errors import LossyConversionError, OptionError, RmmError, UnsupportedError
 from rmmformat.extend import Extension, KnownFrame, extend_target
-from rmmformat.format.catalog import Frame, TargetKey
+from rmmformat.format.catalog import Frame, TargetKey, target_key
 from rmmformat.format.growth import Growth, compact_file
+from rmmformat.format.layout import VALUES_PER_BYTE
 from rmmformat.format.lock import DEFAULT_WAIT
 from rmmformat.format.restore import frame_arrays
 from rmmformat.merge.rmm import Shared
@@ -304,9 +305,8 @@ class _Extensions:
 
     def __init__(self, growth: Growth, method: Published) -> None:
         self._growth, self._method = growth, method
-        self._records: dict[int, Any] = {
-            int(record["offset"]): record for record in growth.index.table("FRAM")
-        }
+        targets = growth.index.table("TARG")
+        self._targets = {target_key(growth.index, record): i for i, record in enumerate(targets)}
         self.used = False
 
     def __call__(self, key: TargetKey) -> Extension:
@@ -323,7 +323,9 @@ class _Extensions:
         a, b = frame.a, frame.b
         if a is None or b is None or not a.n_components or not b.n_components:
             return None  # a mean alone is what equal tasks share, not what others can be built on
-        arrays = frame_arrays(self._growth.index, self._records[frame.extent.offset])
+        record = self._growth.index.frame_of({"cluster": number}, self._targets[key])
+        self._check_size(key, record)
+        arrays = frame_arrays(self._growth.index, record)
         shared = []
         for part, mean, basis, length in (
             (a, arrays[0], arrays[1], key.shape.n_in),
@@ -334,3 +336,22 @@ class _Extensions:
             grouped = basis.reshape(part.n_components, rows, length)
             shared.append(Shared(mean, grouped, part.group, part.row_mixing))
         return KnownFrame(number, min(a.rank, b.rank), shared[0], shared[1])
+
+    def _check_size(self, key: TargetKey, record: Any) -> None:
+        """Refuse a frame that would unfold to more than a task may (RMM-062).
+
+        Rows that no task uses may be as many as a table can count, in next to no bytes.
+        """
+        index = self._growth.index
+        n_values = sum(
+            length * sum(count for _, count in index.layout_runs(layout_id))
+            for layout_id, length in index.frame_arrays(record)
+        )
+        if n_values > VALUES_PER_BYTE * index.file_length:
+            raise UnsupportedError(
+                f"the frame of {key.name!r} has {n_values} values, more than {VALUES_PER_BYTE} for "
+                f"each of the file's {index.file_length} bytes",
+                path=self._growth.path,
+                hint="Say how the new tasks are kept: --max-error E, --size FRACTION, --exact, "
+                "or --encoding NAME.",
+            )

@@ -342,7 +342,7 @@ def decode_catalog(index: Index, metadata: Mapping[str, Any] | None) -> Catalog:
     metadata
         The metadata object, parsed; None where the file has none.
     """
-    keys = [_target_key(index, record) for record in index.table("TARG")]
+    keys = [target_key(index, record) for record in index.table("TARG")]
     layouts = [tuple(index.layout_runs(i)) for i in range(len(index.table("LAYO")))]
 
     def at(number: int) -> Layout | None:
@@ -379,7 +379,8 @@ def decode_catalog(index: Index, metadata: Mapping[str, Any] | None) -> Catalog:
     return Catalog(tasks, frames, blobs, free, metadata)
 
 
-def _target_key(index: Index, record: Any) -> TargetKey:
+def target_key(index: Index, record: Any) -> TargetKey:
+    """Key of a record of the table TARG."""
     kernel = tuple(int(size) for size in record["kernel"] if size)
     shape = TargetShape(
         int(record["n_in"]),

@@ -17,7 +17,16 @@ import numpy.typing as npt
 from rmmformat.errors import FormatError, OptionError, RmmError, ShapeError, UnsupportedError
 from rmmformat.format import trellis
 
-__all__ = ["BLOCK", "ENCODINGS", "Encoding", "by_code", "by_name", "decode_run", "encode_run"]
+__all__ = [
+    "BLOCK",
+    "ENCODINGS",
+    "Encoding",
+    "by_code",
+    "by_name",
+    "decode_rows",
+    "decode_run",
+    "encode_run",
+]
 
 Float32 = npt.NDArray[np.float32]
 BLOCK = 32
@@ -346,3 +355,39 @@ def decode_run(code: int, data: bytes | memoryview, n_rows: int, n: int) -> Floa
             rule="RMM-061",
         )
     return encoding.decode(data, n_rows, n)
+
+
+def decode_rows(
+    code: int, data: bytes | memoryview, n_rows: int, n: int, wanted: npt.NDArray[np.int64]
+) -> Float32:
+    """Decode some rows of a run, in memory that is in proportion to those and to the run's bytes.
+
+    Parameters
+    ----------
+    data, n_rows, n
+        The run, as for :func:`decode_run`.
+    wanted
+        Ordinals of the rows to give.
+
+    Returns
+    -------
+    (len(wanted), n) float32.
+    """
+    encoding = by_code(code)
+    if len(wanted) == 0:
+        return np.zeros((0, n), np.float32)
+    if encoding.row_bytes is not None:
+        size = encoding.row_bytes(n)
+        if size == 0:
+            return encoding.decode(b"", len(wanted), n)
+        rows = np.frombuffer(data, np.uint8).reshape(n_rows, size)[wanted]
+        return encoding.decode(rows.tobytes(), len(wanted), n)
+    # Rows of zeros take a byte in the run and would take n values each here.
+    dense, coded = trellis.without_zero_rows(data, n_rows)
+    values = encoding.decode(dense, len(coded), n)
+    found = np.zeros((len(wanted), n), np.float32)
+    place = np.searchsorted(coded, wanted)
+    there = place < len(coded)
+    there[there] = coded[place[there]] == wanted[there]
+    found[there] = values[place[there]]
+    return found

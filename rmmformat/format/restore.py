@@ -12,13 +12,12 @@ import numpy.typing as npt
 
 from rmmformat.errors import FormatError
 from rmmformat.format import layout
-from rmmformat.format.encodings import by_code, decode_run
+from rmmformat.format.encodings import by_code, decode_rows, decode_run
 from rmmformat.format.reader import Index
 
 __all__ = ["entry_factors", "read_arrays", "sum_terms"]
 
 Float32 = npt.NDArray[np.float32]
-ZERO = 0  # the encoding of rows that take no bytes
 
 
 def sum_terms(
@@ -113,10 +112,7 @@ def read_arrays(
                 else:
                     here = np.searchsorted(wanted[number], [first, first + count])
                     chosen = wanted[number][here[0] : here[1]] - first
-                    if code == ZERO:
-                        rows.append(np.zeros((len(chosen), row_length), np.float32))
-                    else:
-                        rows.append(decode_run(code, raw, count, row_length)[chosen])
+                    rows.append(decode_rows(code, raw, count, row_length, chosen))
             except FormatError as error:
                 error.offset = at
                 raise

@@ -10,9 +10,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from rmmformat.errors import OptionError, ShapeError
+from rmmformat.errors import FormatError, OptionError, ShapeError
 
-__all__ = ["CODE", "LAMBDA", "encode_rows", "gaussian_table", "run_overhead", "table_bits"]
+__all__ = [
+    "CODE",
+    "LAMBDA",
+    "encode_rows",
+    "gaussian_table",
+    "run_overhead",
+    "table_bits",
+    "without_zero_rows",
+]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -25,6 +33,7 @@ CODE = 0x20
 LAMBDA = 1.6
 
 _N_INDICES = 112
+_MAX_LENGTH_BYTES = 5
 _MODE_TIED = 1 << 15
 _GAUSSIAN, _EXPONENTIAL = 0, 128
 # Of a Gaussian it is 3; tables of the exponential family cost less from about here on.
@@ -72,6 +81,40 @@ def run_overhead(n_rows: int, n_values: int) -> int:
     lanes = 1 if n_values < 1 << 14 else 4 if n_values < 1 << 16 else 16
     # A state keeps the 16 bits that the coder starts from, so half of it is not lost.
     return 2 + 2 + n_rows + 2 * lanes
+
+
+def without_zero_rows(data: bytes | memoryview, n_rows: int) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """Leave the rows of zeros out of a run: they have a byte each, and no symbols.
+
+    Parameters
+    ----------
+    data
+        A whole run.
+    n_rows
+        Its rows.
+
+    Returns
+    -------
+    The run of the other rows, and their ordinals.
+
+    Raises
+    ------
+    FormatError
+        The run has no room for its rows (RMM-087).
+    """
+    head = 1
+    while head <= _MAX_LENGTH_BYTES and head <= len(data) and data[head - 1] & 0x80:
+        head += 1
+    first = head + 2  # behind the base
+    numbers = np.frombuffer(data[first : first + n_rows], np.uint8)
+    if len(numbers) < n_rows:
+        raise FormatError(f"a trellis run of {len(data)} bytes for {n_rows} rows", rule="RMM-087")
+    body = bytes(data[head:first]) + numbers[numbers != 0].tobytes() + bytes(data[first + n_rows :])
+    length, left = bytearray(), len(body)
+    while left >= 0x80:
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    return bytes(length) + bytes([left]) + body, np.flatnonzero(numbers)
 
 
 def encode_rows(
