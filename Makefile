@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo test test-browser check lint bench-tasks fuzz vectors clean
+.PHONY: demo docs test test-browser check memcheck lint bench-tasks fuzz vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -33,6 +33,10 @@ test-browser: $(VENV)/.done
 
 check: lint test
 
+# The C examples and the program of docs/c.md under valgrind, which must be there.
+memcheck: $(VENV)/.done
+	RMM_NEED_VALGRIND=1 $(BIN)/python -m pytest tests/native/test_c.py -k "valgrind or guide"
+
 # The converters live beside the package and are installed into it; the type checker and the import
 # contracts want to see it as it is installed.
 lint: $(VENV)/.done
@@ -48,6 +52,21 @@ $(VENV)/.done: requirements-test.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+# -- the documentation ----------------------------------------------------------------------------
+
+DOCS_VENV ?= .venv-docs
+
+# Warnings are errors: a dead reference, a page outside the navigation, a docstring that does not parse.
+docs: $(DOCS_VENV)/.done
+	$(DOCS_VENV)/bin/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "build/docs/docs/index.html"
+
+$(DOCS_VENV)/.done: docs/requirements.txt $(NATIVE)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt -e .
 	touch $@
 
 # -- accuracy on eight tasks ----------------------------------------------------------------------

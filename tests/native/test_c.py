@@ -204,14 +204,103 @@ def test_a_portable_build_gives_the_same(c_programs: Path, files: Path, tmp_path
             assert run(tmp_path / "list_and_load", path, name) == usual
 
 
-def test_valgrind(c_programs: Path, files: Path) -> None:
+STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+# Tables that the library makes once are kept for the process: reachable at its end, and no leak.
+VALGRIND = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=full"]
+
+
+def need_valgrind() -> None:
     if shutil.which("valgrind") is None:
-        pytest.skip("no valgrind here")
-    valgrind = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=full"]
-    run(*valgrind, c_programs / "list_and_load", files / "rich.rmm", "alpha")
-    run(*valgrind, c_programs / "check", files / "deflated.rmm")
-    run(*valgrind, c_programs / "check", files / "broken.rmm", code=3)
-    run(*valgrind, c_programs / "list_and_load", files / "later.rmm", code=4)
+        assert "RMM_NEED_VALGRIND" not in os.environ, "make memcheck needs valgrind"
+        pytest.skip("no valgrind here; make memcheck needs it")
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of docs/c.md, far from the source tree."""
+    (program,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs" / "c.md").read_text(), re.DOTALL)
+    path = tmp_path_factory.mktemp("elsewhere") / "app.c"
+    path.write_text(program)
+    return path
+
+
+def build_guide(guide: Path, prefix: Path, kind: str) -> Path:
+    """As docs/c.md says, with what is installed and nothing else."""
+    if shutil.which("pkg-config") is None:
+        pytest.skip("no pkg-config here")
+    environment = os.environ | {"PKG_CONFIG_PATH": f"{prefix}/lib/pkgconfig"}
+
+    def flags(*options: str) -> list[str]:
+        command = ["pkg-config", *options, "rmm"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert flags("--modversion") == [_native.__version__]
+    program = guide.with_name(kind)
+    if kind == "shared":
+        libraries = [*flags("--libs"), f"-Wl,-rpath,{prefix}/lib"]
+    else:
+        private = [flag for flag in flags("--static", "--libs") if flag != "-lrmm"]
+        libraries = [f"{prefix}/lib/librmm.a", *private]
+    run("cc", *STRICT, guide, *flags("--cflags"), *libraries, "-o", program)
+    return program
+
+
+@pytest.mark.parametrize("kind", ["shared", "static"])
+def test_the_program_of_the_guide(kind: str, c_programs: Path, guide: Path, files: Path) -> None:
+    program = build_guide(guide, c_programs / "prefix", kind)
+    lines = run(program, files / "rich.rmm", "alpha").splitlines()
+    collection = build.rich(0)
+    entries = collection.tasks[0].entries
+    assert len(lines) == len(entries) + 1
+    for line, entry in zip(lines, entries, strict=False):
+        target = collection.targets[entry.target]
+        assert line == (
+            f"{target.name}: A ({entry.rank}, {target.n_in}), B ({target.n_out}, {entry.rank}), "
+            f"scale {entry.scale:g}"
+        )
+    A = collection.evaluate(0, 0, "a").astype(np.float64).reshape(entries[0].rank, -1)
+    B = collection.evaluate(0, 0, "b").astype(np.float64).reshape(entries[0].rank, -1).T
+    want = entries[0].scale * (B @ A).sum()
+    assert float(lines[-1].rpartition(" ")[2]) == pytest.approx(want, rel=1e-4, abs=1e-6)
+    run(program, code=2)
+    run(program, files / "rich.rmm", "nobody", code=1)
+    run(program, files / "broken.rmm", "alpha", code=1)
+
+
+@pytest.mark.parametrize("name", ["list_and_load", "check"])
+def test_examples_are_strict_c99(name: str, c_programs: Path, tmp_path: Path) -> None:
+    source = ROOT / "native" / "examples" / f"{name}.c"
+    include = f"-I{c_programs}/prefix/include"
+    run("cc", *STRICT, include, "-c", source, "-o", tmp_path / "object.o")
+
+
+def test_the_header_is_documented() -> None:
+    """A comment stands before every function, and at every field or struct."""
+    header = (ROOT / "native" / "include" / "rmm" / "rmm.h").read_text()
+    bare = re.findall(r";\n(?:\n)?RMM_API [^;]*?(rmm_\w+)\(", header)
+    assert bare == ["rmm_n_targets"]  # shares the comment of rmm_n_tasks
+    assert re.findall(r"\n\n(?:typedef struct) (\w+)", header) == []
+
+
+def test_valgrind(c_programs: Path, files: Path, guide: Path) -> None:
+    need_valgrind()
+    vectors = [VECTORS / "valid" / f"v-{name}.rmm" for name in ("encoding-trellis", "clusters")]
+    for path in (files / "rich.rmm", files / "deflated.rmm", *vectors):
+        if not path.is_file():
+            continue
+        run(*VALGRIND, c_programs / "list_and_load", path)
+        for name in _native.File.open(path).task_names():
+            run(*VALGRIND, c_programs / "list_and_load", path, name)
+        run(*VALGRIND, c_programs / "check", path)
+        run(*VALGRIND, c_programs / "check", "--open", path)
+    run(*VALGRIND, c_programs / "check", files / "broken.rmm", code=3)
+    run(*VALGRIND, c_programs / "list_and_load", files / "broken.rmm", code=3)
+    run(*VALGRIND, c_programs / "list_and_load", files / "later.rmm", code=4)
+    run(*VALGRIND, c_programs / "list_and_load", files / "none.rmm", code=1)
+    program = build_guide(guide, c_programs / "prefix", "shared")
+    run(*VALGRIND, program, files / "rich.rmm", "alpha")
+    run(*VALGRIND, program, files / "rich.rmm", "nobody", code=1)
 
 
 def test_replay(c_programs: Path, files: Path) -> None:
