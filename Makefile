@@ -31,7 +31,7 @@ test: $(VENV)/.done
 test-browser: $(VENV)/.done
 	RMM_BROWSER=required $(BIN)/python -m pytest tests/product/test_page_browser.py
 
-check: lint test
+check: lint test docs
 
 # The C examples and the program of docs/c.md under valgrind, which must be there.
 memcheck: $(VENV)/.done

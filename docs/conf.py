@@ -51,23 +51,36 @@ napoleon_use_rtype = False
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
+smartquotes = False  # two hyphens are an option
+
 html_theme = "furo"
 html_title = f"rmm {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 
 
-def setup(app: Any) -> None:
+def existing(_app: Any, name: str, source: list[str]) -> None:
     """Leave pages out of the navigation that this copy of the repository does not have."""
+    if name == root_doc:
+        folder = Path(__file__).parent
+        source[0] = "".join(
+            line
+            for line in source[0].splitlines(keepends=True)
+            if not line.strip().isalpha() or (folder / f"{line.strip()}.md").exists()
+        )
 
-    def existing(_app: Any, name: str, source: list[str]) -> None:
-        if name == root_doc:
-            folder = Path(__file__).parent
-            lines = source[0].splitlines(keepends=True)
-            source[0] = "".join(
-                line
-                for line in lines
-                if not line.strip().isalpha() or (folder / f"{line.strip()}.md").exists()
-            )
 
+def examples(_app: Any, _context: Any, lines: list[str]) -> None:
+    """Show the end of a help text as what it is: commands to paste."""
+    text = [line.replace("`", "``") for line in lines]
+    starts = [number for number, line in enumerate(text) if line.strip() == "| Example:"]
+    if starts:
+        commands = [line.lstrip("| ") for line in lines[starts[0] + 1 :] if line.strip()]
+        text[starts[0] :] = [".. code-block:: bash", "", *(f"    {line}" for line in commands), ""]
+    lines[:] = text
+
+
+def setup(app: Any) -> None:
+    """Join Sphinx's events."""
     app.connect("source-read", existing)
+    app.connect("sphinx-click-process-description", examples)

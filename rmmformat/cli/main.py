@@ -38,6 +38,7 @@ class _Verbs(click.Group):
             return None
         module = importlib.import_module(f"rmmformat.cli.{cmd_name}")
         command: click.Command = module.command
+        command.name = cmd_name
         return command
 
 
