@@ -24,12 +24,12 @@ def _error(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
+def _hex(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and set(value) <= set("0123456789abcdef")
+
+
 def _sha256(value: Any) -> bool:
-    return (
-        isinstance(value, str)
-        and len(value) == 64
-        and all(digit in "0123456789abcdef" for digit in value)
-    )
+    return _hex(value) and len(value) == 64
 
 
 _TOP: dict[str, type] = {
@@ -56,6 +56,10 @@ def fault(value: dict[str, Any]) -> str | None:
             return f"{key} is not {'an object' if kind is dict else 'a ' + kind.__name__}"
     if not _text(value["base_model"].get("id", "")):
         return "base_model.id is not a string"
+    if "fingerprint" in value["base_model"]:
+        what = _fingerprint_fault(value["base_model"]["fingerprint"])
+        if what is not None:
+            return f"base_model.fingerprint: {what}"
     if not _text(value["method"].get("name")):
         return "method.name is not a string"
     if not all(_text(config) for config in value["configs"]):
@@ -64,6 +68,19 @@ def fault(value: dict[str, Any]) -> str | None:
         what = _task_fault(task, len(value["configs"]))
         if what is not None:
             return f"tasks.{name}: {what}"
+    return None
+
+
+def _fingerprint_fault(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return "not an object"
+    if not _text(value.get("algorithm")):
+        return "algorithm is not a string"
+    if not _hex(value.get("digest")):
+        return "digest is not hexadecimal"
+    targets = value.get("targets")
+    if not isinstance(targets, dict) or not all(map(_hex, targets.values())):
+        return "targets is not an object of hexadecimal digests"
     return None
 
 
@@ -89,4 +106,9 @@ def _task_fault(task: Any, n_configs: int) -> str | None:
         key in _ERROR and _ERROR[key](number) for key, number in error.items()
     ):
         return "error is not mean, median and max"
+    extraction = task.get("extraction", {})
+    if not isinstance(extraction, dict) or not all(
+        _error(extraction.get(key, 0)) for key in ("error", "max")
+    ):
+        return "extraction has no relative errors"
     return None

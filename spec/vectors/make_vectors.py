@@ -59,6 +59,7 @@ META = {
     "producer": "make_vectors 1",
     "tasks": {"alpha": {"config": 0, "error": {"max": 0.5, "mean": 0.25, "median": 0.25}}},
 }
+FINGERPRINT = {"algorithm": "example-2", "digest": "0a", "targets": {"a": "0123abcd", "": "f"}}
 
 
 def with_key(key: str, raw: bytes) -> bytes:
@@ -761,6 +762,17 @@ def containers(s: Set) -> None:
     s.valid("v-empty", Collection(), "Every section is there and has no records.", keep)
     s.valid("v-tiny", tiny(), "One task, one target, one frame: the worked example.")
     s.valid("v-small", small(), "Two tasks with a bit of everything.", meta=META)
+    about = META | {
+        "base_model": {"id": "example/base", "fingerprint": FINGERPRINT},
+        "tasks": {"alpha": {"extraction": {"error": 0.5, "max": 1, "rank": 2}}},
+    }
+    s.valid(
+        "v-fingerprint",
+        small(),
+        "A fingerprint of the base, of an algorithm that nobody knows, and an extraction.",
+        meta(canonical(about)),
+        about,
+    )
     s.valid("v-spare", spare(), "The twin of vectors that append a record.")
     s.valid("v-large", large(), "Runs, entries, frames and blobs of 4,096 bytes and more.")
 
@@ -2501,6 +2513,33 @@ def optional_rules(s: Set) -> None:
         ("g-method", {"method": {}}, "A method without a name."),
         ("j-config", {"tasks": {"alpha": {"config": 1}}}, "An index as large as their number."),
         ("h-fraction", {"tasks": {"alpha": {"files": [file | {"n_bytes": 1.5}]}}}, "Half a byte."),
+        ("k-fingerprint", {"base_model": {"fingerprint": "0a"}}, "A fingerprint that is a string."),
+        (
+            "l-digest",
+            {"base_model": {"fingerprint": FINGERPRINT | {"digest": "0A"}}},
+            "A digest in capitals.",
+        ),
+        (
+            "m-target",
+            {"base_model": {"fingerprint": FINGERPRINT | {"targets": {"a": ""}}}},
+            "A target's digest of no digits.",
+        ),
+        (
+            "p-line",
+            {"base_model": {"fingerprint": FINGERPRINT | {"digest": "0a\n"}}},
+            "A digest with a line feed behind it.",
+        ),
+        (
+            "q-line",
+            {"tasks": {"alpha": {"files": [file | {"sha256": "0" * 64 + "\n"}]}}},
+            "A sha256 with a line feed behind it.",
+        ),
+        (
+            "n-algorithm",
+            {"base_model": {"fingerprint": {"digest": "0a", "targets": {}}}},
+            "A fingerprint of no algorithm.",
+        ),
+        ("o-extraction", {"tasks": {"alpha": {"extraction": {"error": -1}}}}, "A negative error."),
     ):
         s.broken(
             f"091{letter}",
