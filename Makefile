@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo docs test test-browser check memcheck lint bench-tasks fuzz vectors clean
+.PHONY: demo docs test test-browser check memcheck lint bench-tasks fuzz fuzz-importers vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -109,6 +109,18 @@ fuzz:
 	  build/fuzz/fuzz_$$target build/fuzz/corpus/$$target -max_total_time=$(SECONDS) -max_len=4096 \
 	    -timeout=10 -rss_limit_mb=1500 -malloc_limit_mb=64 -reload=0 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/$$target- || exit 1; \
+	done
+
+# The importers, by coverage of their Python (atheris); SECONDS for each kind of file.
+FUZZ_IMPORTERS ?= config safetensors index pickle kohya gguf
+
+fuzz-importers: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	mkdir -p build/fuzz
+	for kind in $(FUZZ_IMPORTERS); do \
+	  $(BIN)/python tests/fuzz/importers.py $$kind build/fuzz/corpus/$$kind -max_total_time=$(SECONDS) \
+	    -max_len=4096 -timeout=10 -rss_limit_mb=3000 -malloc_limit_mb=64 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/$$kind- || exit 1; \
 	done
 
 vectors: $(VENV)/.done

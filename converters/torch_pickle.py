@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,12 +134,17 @@ def _load(path: Path) -> dict[str, Any]:
                     if entry.compress_type != zipfile.ZIP_STORED:
                         # torch never compresses; a compressed entry is a way to expand without end.
                         raise SourceError(f"entry {entry.filename!r} is compressed", path=str(path))
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():  # about pickles of other kinds, which are refused or not
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except SourceError:
         raise
     except pickle.UnpicklingError as error:
+        # The first lines advise to read it without restrictions.
+        lines = [line for line in str(error).splitlines() if "WeightsUnpickler error" in line]
+        reason = lines[0].partition("WeightsUnpickler error:")[2].strip() if lines else ""
         raise SourceError(
-            f"holds more than tensors: {str(error).splitlines()[0]}",
+            f"holds more than tensors{': ' if reason else ''}{reason}",
             path=str(path),
             hint="Save the adapter as safetensors.",
         ) from error
