@@ -73,7 +73,7 @@ class CheckpointImporter:
             tasks: list[SourceTask] = []
             for place, folder in found:
                 tuned = open_checkpoint(folder, options)
-                own = name or place or tuned.name
+                own = name if name is not None else place or tuned.name
                 tasks.append(
                     CheckpointTask(check_name(own, "task name", str(folder)), tuned, base, options)
                 )

@@ -94,6 +94,8 @@ class Sample:
         What is needed to open the path that ``build`` returned.
     detected
         Whether the format is found without being named.
+    by_name
+        Whether detection goes by a file's name or first word alone, so that noise with it counts.
     flaws
         Flaws that ``build`` can make.
     tolerance
@@ -106,6 +108,7 @@ class Sample:
     items: frozenset[str]
     options: Callable[[Path], Options] = lambda _path: DEFAULTS
     detected: bool = True
+    by_name: bool = False
     flaws: frozenset[Flaw] = frozenset(Flaw)
     tolerance: float = 1e-6
 

@@ -108,5 +108,5 @@ def _find(path: Path) -> list[Path]:
         return sorted(
             entry for entry in path.iterdir() if entry.suffix == ".gguf" and has_magic(entry)
         )
-    except OSError:
+    except (OSError, ValueError):  # of a path with a NUL
         return []

@@ -8,6 +8,7 @@ from rmmformat.converters.base import Options
 from rmmformat.converters.files import atomic_file
 from rmmformat.converters.gguf_layout import base_for, plan
 from rmmformat.converters.gguf_payload import header, payload
+from rmmformat.errors import RmmError
 from rmmformat.model import LedgerLine, SourceTask
 
 __all__ = ["export_adapter"]
@@ -19,7 +20,10 @@ def export_adapter(
     """Write the file (see :meth:`rmmformat.converters.gguf.GgufExporter.export`)."""
     planned = plan(task, base_for(task, options.base), options=options)
     layout = planned.layout
-    head = header(layout, name=task.name, base_model=task.base_model)
+    try:
+        head = header(layout, name=task.name, base_model=task.base_model)
+    except OSError as error:  # the gguf package writes to files alone
+        raise RmmError(f"cannot write: {error.strerror or error}", path=str(out)) from error
     with atomic_file(out, force=force) as temporary, temporary.open("wb") as stream:
         stream.write(head)
         factors = None

@@ -20,7 +20,7 @@ from rmmformat.converters.contract_import import IMPORT_CHECKS
 from rmmformat.errors import RmmError
 
 SAMPLES = Path(__file__).parent / "samples"
-LANDING = {"gguf", "checkpoint", "onnx", "lore", "kohya"}  # their samples come with them
+LANDING = {"onnx", "lore"}  # their samples come with them
 
 
 @functools.cache
