@@ -1,0 +1,240 @@
+"""Parameters that tasks replace as a whole, such as classifier heads, as inputs of a graph.
+
+A replaceable parameter keeps its initialiser, a constant, which ONNX Runtime packs; making it an
+input would change bits of the base.  Beside it there is an input ``NAME.task``, empty by default,
+and each node that uses the parameter becomes an If: with the task's value where there is one, as it
+was where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rmmformat.collection import Collection
+from rmmformat.converters.onnx_names import Replaceable, best_matches, parameter_input
+from rmmformat.model import Role
+from rmmformat.runtimes.onnx_graph import FLOAT_TYPES, Scope, Site, scopes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+__all__ = ["PARAMETER_ROLES", "find_parameters", "open_parameters"]
+
+#: Roles of private tensors that are a parameter of the model, changed as a whole.
+PARAMETER_ROLES = (Role.MODULE, Role.BIAS)
+#: Operators whose outputs have the dtype of the parameter.
+_OPERATORS = frozenset(
+    {"Gemm", "MatMul", "Add", "Mul", "Gather", "Conv", "LayerNormalization",
+     "SimplifiedLayerNormalization", "RMSNormalization"}
+)  # fmt: skip
+_CODES = {name: code for code, name in FLOAT_TYPES.items()}
+
+
+def find_parameters(
+    model: ModelProto, collection: Collection, sites: list[Site]
+) -> tuple[dict[str, Replaceable], dict[str, str]]:
+    """Find the initialisers that the tasks of a collection replace.
+
+    Returns
+    -------
+    parameters
+        By the name of the initialiser.
+    left
+        The private tensors that the graph cannot take, and why.
+    """
+    scopes = scopes_of(model)
+    initialisers = {tensor.name: tensor for tensor in model.graph.initializer}
+    flipped = {
+        site.weight.name for site in sites if site.in_first and site.node.op_type != "Gather"
+    }
+    found: dict[str, Replaceable] = {}
+    left: dict[str, str] = {}
+    for task in collection.tasks:
+        for name, info in collection.source(task).privates.items():
+            if info.role not in PARAMETER_ROLES:
+                left[name] = f"a {info.role.name.lower()} has no place in the graph"
+                continue
+            matches = best_matches(name, initialisers)
+            if not matches and (made := _implied_bias(model, name, info.shape)) is not None:
+                initialisers[made.name] = made
+                matches = [made.name]
+            if len(matches) != 1:
+                left[name] = "no initialiser has its name" if not matches else "several match"
+                continue
+            tensor = initialisers[matches[0]]
+            reason = _reason(tensor, scopes, info.shape, flipped)
+            if reason:
+                left[name] = f"initialiser {tensor.name!r} {reason}"
+                continue
+            shape = tuple(tensor.dims)
+            if tensor.name in found:
+                shape = (shape[0], *(side or 0 for side in found[tensor.name].shape[1:]))
+            sides = zip(shape[1:], info.shape[1:], strict=True)
+            # The first side is 0 where no task is given, so it is free.
+            found[tensor.name] = Replaceable(
+                (None, *(a if a == b else None for a, b in sides)), FLOAT_TYPES[tensor.data_type]
+            )
+    return found, left
+
+
+def _reason(
+    tensor: TensorProto, scopes: list[Scope], shape: tuple[int, ...], flipped: set[str]
+) -> str:
+    """Say why an initialiser cannot be replaced; empty if it can."""
+    if tensor.data_type not in FLOAT_TYPES:
+        return "is not of floats"
+    if len(tensor.dims) != len(shape) or not shape:
+        return f"has {len(tensor.dims)} sides"
+    if len(shape) == 2 and tensor.name in flipped:
+        return "is stored transposed"
+    readers = scopes[0].consumers.get(tensor.name, [])
+    if not readers and _without_bias(scopes[0].graph, tensor.name):
+        return ""
+    if any(tensor.name in scope.consumers for scope in scopes[1:]):
+        return "is used in a nested graph"
+    for node in readers:
+        if isinstance(node, str) or node.op_type not in _OPERATORS:
+            return f"is used by {node if isinstance(node, str) else node.op_type}"
+    return "" if readers else "is not used"
+
+
+def _implied_bias(model: ModelProto, name: str, shape: tuple[int, ...]) -> TensorProto | None:
+    """Give a Gemm without a bias one of zeros: exporters leave out the zeros of a fresh head."""
+    from onnx import TensorProto, helper
+
+    stem = name.removesuffix(".bias")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = best_matches(f"{stem}.weight", weights)
+    if stem == name or len(shape) != 1 or len(found) != 1:
+        return None
+    weight = weights[found[0]]
+    bias = found[0].removesuffix(".weight") + ".bias"
+    if weight.data_type not in FLOAT_TYPES or not _without_bias(model.graph, bias):
+        return None
+    sides, code = [weight.dims[0]], weight.data_type
+    n_bytes = sides[0] * helper.tensor_dtype_to_np_dtype(code).itemsize
+    made = TensorProto(name=bias, data_type=code, dims=sides, raw_data=bytes(n_bytes))
+    model.graph.initializer.append(made)
+    return made
+
+
+def _without_bias(graph: GraphProto, bias: str) -> bool:
+    weight = bias.removesuffix(".bias") + ".weight"
+    return any(_lacks(node, weight) for node in graph.node)
+
+
+def _lacks(node: NodeProto, weight: str) -> bool:
+    """Whether a node is a linear layer of that weight, (n_out, n_in), without a bias."""
+    return (
+        node.op_type == "Gemm"
+        and [name for name in node.input if name][1:] == [weight]
+        and any(a.name == "transB" and a.i == 1 for a in node.attribute)
+    )
+
+
+def open_parameters(model: ModelProto, parameters: Mapping[str, Replaceable]) -> None:
+    """Give a model the inputs for replaceable parameters, in place."""
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    if not parameters:
+        return
+    for name, parameter in parameters.items():
+        key = parameter_input(name)
+        free = [f"{key}.{i}" if side is None else side for i, side in enumerate(parameter.shape)]
+        code = _CODES[parameter.dtype]
+        graph.input.append(helper.make_tensor_value_info(key, code, free))
+        empty = [0, *(side or 0 for side in parameter.shape[1:])]
+        graph.initializer.append(TensorProto(name=key, data_type=code, dims=empty, raw_data=b""))
+    nodes: list[NodeProto] = [
+        helper.make_node(
+            "Constant", [], ["lora.zero"],
+            value=helper.make_tensor("zero", TensorProto.INT64, [], [0]),
+        )
+    ]  # fmt: skip
+    for name in parameters:
+        key = parameter_input(name)
+        nodes.append(helper.make_node("Size", [key], [f"{key}.size"]))
+        nodes.append(helper.make_node("Greater", [f"{key}.size", "lora.zero"], [f"{key}.given"]))
+    for node in graph.node:
+        inputs = list(node.input)
+        for name in parameters:
+            if name.endswith(".bias") and _lacks(node, name.removesuffix(".bias") + ".weight"):
+                inputs = [*inputs[:2], name]
+        used = [name for name in dict.fromkeys(inputs) if name in parameters]
+        nodes += _either(node, inputs, used, parameters) if used else [node]
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    _forget_shapes(graph, {parameter_input(name) for name in parameters})
+
+
+def _either(
+    node: NodeProto, inputs: list[str], used: list[str], parameters: Mapping[str, Replaceable]
+) -> list[NodeProto]:
+    """Make an If of a node: on ``inputs`` with the task's values, or as it was."""
+    from onnx import helper
+
+    key = node.name or node.output[0]
+    code = _CODES[parameters[used[0]].dtype]
+    nodes: list[NodeProto] = []
+    given = f"{parameter_input(used[0])}.given"
+    for name in used[1:]:
+        either = f"{key}.lora.given.{len(nodes)}"
+        nodes.append(helper.make_node("Or", [given, f"{parameter_input(name)}.given"], [either]))
+        given = either
+
+    def branch(tag: str, before: list[NodeProto], inputs: list[str]) -> GraphProto:
+        copy = type(node).FromString(node.SerializeToString())
+        copy.name = f"{key}.{tag}"
+        copy.input[:] = inputs
+        copy.output[:] = [f"{name}.{tag}" if name else "" for name in node.output]
+        outputs = [helper.make_tensor_value_info(name, code, None) for name in copy.output if name]
+        return helper.make_graph([*before, copy], f"{key}.{tag}", [], outputs)
+
+    chosen = {name: f"{key}.{name}.chosen" for name in used}
+    choices = [
+        helper.make_node(
+            "If", [f"{parameter_input(name)}.given"], [chosen[name]], name=f"{key}.{name}.choice",
+            then_branch=_passing(parameter_input(name), f"{key}.{name}.theirs", code),
+            else_branch=_passing(name, f"{key}.{name}.base", code),
+        )
+        for name in used
+    ]  # fmt: skip
+    nodes.append(
+        helper.make_node(
+            "If", [given], [name for name in node.output if name], name=f"{key}.lora",
+            then_branch=branch("task", choices, [chosen.get(name, name) for name in inputs]),
+            else_branch=branch("base", [], list(node.input)),
+        )
+    )  # fmt: skip
+    return nodes
+
+
+def _passing(source: str, output: str, code: int) -> GraphProto:
+    from onnx import helper
+
+    value = helper.make_tensor_value_info(output, code, None)
+    return helper.make_graph(
+        [helper.make_node("Identity", [source], [output])], output, [], [value]
+    )
+
+
+def _forget_shapes(graph: GraphProto, starts: set[str]) -> None:
+    """Drop the recorded sides of all that depends on values whose sides may differ."""
+    reached = set(starts)
+    for node in graph.node:  # in topological order
+        inner = (name for a in node.attribute for n in a.g.node for name in n.input)
+        if not reached.isdisjoint(node.input) or not reached.isdisjoint(inner):
+            reached.update(node.output)
+    kept = [value for value in graph.value_info if value.name not in reached]
+    copies = [type(value).FromString(value.SerializeToString()) for value in kept]
+    del graph.value_info[:]
+    graph.value_info.extend(copies)
+    for output in graph.output:
+        if output.name in reached and output.type.tensor_type.HasField("shape"):
+            for dim in output.type.tensor_type.shape.dim:
+                if dim.HasField("dim_value"):
+                    dim.Clear()
