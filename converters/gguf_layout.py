@@ -260,7 +260,7 @@ def _check_target(
     if embedded and not names.facts.encoder and (base.tied or not names.has_output):
         raise UnsupportedError(
             f"target {target!r}: in this base the head is the embedding table, and llama.cpp would "
-            "apply the pair to both",
+            "take the pair for the head's, too, and abort",
             path=where,
             hint="Leave the target out, or merge the adapter into the base.",
         )
