@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo docs test test-browser check memcheck lint bench-tasks fuzz fuzz-importers vectors clean
+.PHONY: demo docs test test-browser test-llamacpp check memcheck lint bench-tasks fuzz fuzz-importers vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -52,6 +52,24 @@ $(VENV)/.done: requirements-test.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+# -- llama.cpp itself -----------------------------------------------------------------------------
+# Builds llama.cpp once (some minutes), in an environment of its own.  Without llama_cpp nothing is
+# collected, which pytest counts as a failure.
+
+LLAMACPP_VENV ?= .venv-llamacpp
+
+test-llamacpp: $(LLAMACPP_VENV)/.done
+	HF_HUB_OFFLINE=1 $(LLAMACPP_VENV)/bin/python -m pytest tests/runtimes/llamacpp
+
+$(LLAMACPP_VENV)/.done: requirements-llamacpp.txt $(NATIVE)
+	$(PYTHON) -m venv $(LLAMACPP_VENV)
+	$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-llamacpp.txt
+	$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation -e .
 	touch $@
 
 # -- the documentation ----------------------------------------------------------------------------
