@@ -97,33 +97,35 @@ std::vector<std::string> kernels() {
 py::tuple decode(const py::buffer& data, uint64_t n_rows, uint64_t n, const std::string& name) {
     Bytes bytes(data);
     const trellis::WideKernels* wide = kernels_of(name);
-    const trellis::Run run = parse(bytes, n_rows, n);
+    trellis::Decoding decoding;
+    decoding.run = parse(bytes, n_rows, n);
     const uint64_t limit = static_cast<uint64_t>(std::numeric_limits<py::ssize_t>::max()) / sizeof(float);
     if (n > limit / n_rows) throw std::bad_alloc();
     // Zeros are only asked for, not written: rows without symbols take no memory until they are read.
     py::array_t<float> out = py::module_::import("numpy").attr("zeros")(py::make_tuple(n_rows, n), "float32");
     float* values = out.mutable_data();
-    const char* wrong;
+    decoding.target = [&](uint64_t row) { return values + row * n; };
     {
         py::gil_scoped_release unlocked;
         rmm::ExactArithmetic exact;
-        wrong = trellis::decode(run, [&](uint64_t row) { return values + row * n; }, wide);
+        trellis::decode(&decoding, 1, wide);
     }
-    if (wrong) malformed(wrong);
-    return py::make_tuple(out, static_cast<uint64_t>(run.end - bytes.data));
+    if (decoding.wrong) malformed(decoding.wrong);
+    return py::make_tuple(out, static_cast<uint64_t>(decoding.run.end - bytes.data));
 }
 
 void check(const py::buffer& data, uint64_t n_rows, uint64_t n) {
     Bytes bytes(data);
-    const trellis::Run run = parse(bytes, n_rows, n);
-    std::vector<float> row(n);
-    const char* wrong;
+    trellis::Decoding decoding;
+    decoding.run = parse(bytes, n_rows, n);
+    std::vector<float> row(n);  // the run has been seen to be long enough for it
+    decoding.target = [&](uint64_t) { return row.data(); };
     {
         py::gil_scoped_release unlocked;
         rmm::ExactArithmetic exact;
-        wrong = trellis::decode(run, [&](uint64_t) { return row.data(); });
+        trellis::decode(&decoding, 1);
     }
-    if (wrong) malformed(wrong);
+    if (decoding.wrong) malformed(decoding.wrong);
 }
 
 py::tuple table(unsigned number) {

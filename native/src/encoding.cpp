@@ -142,10 +142,15 @@ const char* check_blocks(const uint8_t* row, uint64_t n) {
 
 // --- runs that tell their own length -----------------------------------------------------------------
 
-const char* decode_trellis(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n, const RowTarget& target) {
-    trellis::Run run;
-    if (const char* wrong = trellis::parse(data, n_bytes, n_rows, n, run)) return wrong;
-    return trellis::decode(run, target);
+void decode_trellis(RunDecoding* runs, size_t n_runs) {
+    std::vector<trellis::Decoding> decodings(n_runs);
+    for (size_t i = 0; i < n_runs; ++i) {
+        const RunDecoding& run = runs[i];
+        decodings[i].wrong = trellis::parse(run.data, run.n_bytes, run.n_rows, run.n, decodings[i].run);
+        decodings[i].target = run.target;
+    }
+    trellis::decode(decodings.data(), n_runs);
+    for (size_t i = 0; i < n_runs; ++i) runs[i].wrong = decodings[i].wrong;
 }
 
 // --- the registry ---------------------------------------------------------------------------------

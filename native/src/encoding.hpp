@@ -17,7 +17,15 @@ constexpr uint64_t MAX_RANK = uint64_t{1} << 20;
 
 enum : uint8_t { ENCODING_ZERO = 0x00, ENCODING_F32 = 0x01, ENCODING_F16 = 0x02, ENCODING_BF16 = 0x03 };
 
+// A run whose rows are to be decoded together: in ascending order, those that are not all +0, to where
+// `target` says.
 using RowTarget = std::function<float*(uint64_t row)>;
+struct RunDecoding {
+    const uint8_t* data;
+    uint64_t n_bytes, n_rows, n;  // rows of n values
+    RowTarget target;
+    const char* wrong = nullptr;  // how the run breaks RMM-087
+};
 
 struct Encoding {
     uint8_t code;
@@ -35,11 +43,11 @@ struct Encoding {
     const char* (*check)(const uint8_t* row, uint64_t n);
 
     // For an encoding that is not fixed-size: the bytes of a run that starts at `data`, told by its
-    // first bytes, or 0 if `available` bytes cannot hold it; and the decoding of its rows of n values
-    // in ascending order, those that are not all +0, to where `target` says: null, or how the run
-    // breaks RMM-087. `target` is not called for a run that is too short for its values.
+    // first bytes, or 0 if `available` bytes cannot hold it; and the decoding of runs, several of which
+    // at once may be quicker than one by one. `target` is not called for a run that is too short for
+    // its values.
     uint64_t (*run_bytes)(const uint8_t* data, uint64_t available);
-    const char* (*decode_run)(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n, const RowTarget& target);
+    void (*decode_runs)(RunDecoding* runs, size_t n_runs);
 
     // Rows have at most 2^60 values, so this does not wrap.
     uint64_t row_bytes(uint64_t n) const {

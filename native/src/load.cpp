@@ -9,16 +9,37 @@
 namespace rmm {
 namespace {
 
-// Output that a thread takes at once.
+// Output that a thread takes at once, and how many factors of those that cannot be divided: they are
+// decoded together, which is quicker, as long as other threads have work too.
 constexpr uint64_t UNIT_BYTES = 256 << 10;
+constexpr size_t FEWEST_TOGETHER = 2, MOST_TOGETHER = 8;
 
 struct PlannedEntry {
     EntryPlan plan;
     Entry entry;
     uint64_t offset;
     Placement placement;
-    uint64_t first_unit[3];  // of A, of B, and behind B
-    uint64_t step[2];        // positions of a unit
+};
+
+// Positions first … last − 1 of a factor.
+struct Piece {
+    uint64_t entry;
+    int factor;
+    uint64_t first, last;
+
+    bool same_factor(const Piece& other) const { return entry == other.entry && factor == other.factor; }
+};
+
+// The work of a task: units of pieces, those of unit u being pieces starts[u] … starts[u + 1] − 1.
+struct Units {
+    std::vector<Piece> pieces;
+    std::vector<size_t> starts = {0};
+
+    size_t count() const { return starts.size() - 1; }
+    size_t open_pieces() const { return pieces.size() - starts.back(); }
+    void close() {
+        if (open_pieces() > 0) starts.push_back(pieces.size());
+    }
 };
 
 EntryPlan plan_of(const Index& index, const Form& form, uint32_t target_id, const Target& target) {
@@ -33,6 +54,41 @@ bool divisible(const Index& index, const EntryPlan& plan, int f) {
     const FactorPlan& factor = plan.factor[f];
     const Array arrays[4] = {factor.mean, factor.basis, factor.coefficients, factor.residual};
     return all_fixed_size(index, arrays);
+}
+
+// Joins what cannot be entered in the middle, and cuts what can be into pieces. The former come first:
+// they take longest, and if a run is malformed this is what is to be told, rather than that what
+// follows it has the wrong length.
+Units share_out(const Index& index, const std::vector<PlannedEntry>& entries, int dtype) {
+    std::vector<Piece> whole, cut;
+    for (uint64_t j = 0; j < entries.size(); ++j) {
+        for (int f = 0; f < 2; ++f) {
+            const uint64_t n = entries[j].plan.factor[f].n_positions;
+            (divisible(index, entries[j].plan, f) ? cut : whole).push_back({j, f, 0, n});
+        }
+    }
+    Units units;
+    uint64_t n_bytes = 0;
+    for (const Piece& piece : whole) {
+        units.pieces.push_back(piece);
+        n_bytes += entries[piece.entry].placement.n_bytes[piece.factor];
+        const size_t together = units.open_pieces();
+        if (together >= MOST_TOGETHER || (together >= FEWEST_TOGETHER && n_bytes >= UNIT_BYTES)) {
+            units.close();
+            n_bytes = 0;
+        }
+    }
+    units.close();
+    for (const Piece& piece : cut) {
+        const uint64_t rank = entries[piece.entry].plan.factor[piece.factor].rank;
+        const uint64_t tiles = UNIT_BYTES / (rank * output_bytes(dtype) * TILE);
+        const uint64_t step = std::max<uint64_t>(tiles, 1) * TILE;
+        for (uint64_t first = 0; first < piece.last; first += step) {
+            units.pieces.push_back({piece.entry, piece.factor, first, std::min(first + step, piece.last)});
+            units.close();
+        }
+    }
+    return units;
 }
 
 // Appends to a message which entry it is about.
@@ -77,49 +133,45 @@ void load_task(const Index& index, const Task& task, int dtype, uint8_t* arena, 
                uint32_t n_threads) {
     std::vector<PlannedEntry> entries;
     entries.reserve(task.n_entries);
-    uint64_t n_units = 0;
     uint64_t needed = visit_entries(index, task, dtype, [&](uint64_t, const Entry& entry, const Form& form,
                                                             uint32_t target_id, const Target& target,
                                                             const Placement& placement, uint64_t offset) {
-        PlannedEntry planned{plan_of(index, form, target_id, target), entry, offset, placement, {}, {}};
-        for (int f = 0; f < 2; ++f) {
-            const FactorPlan& factor = planned.plan.factor[f];
-            uint64_t tiles = UNIT_BYTES / (factor.rank * output_bytes(dtype) * TILE);
-            planned.step[f] = std::max<uint64_t>(tiles, 1) * TILE;
-            if (!divisible(index, planned.plan, f)) planned.step[f] = factor.n_positions;
-            planned.first_unit[f] = n_units;
-            n_units += ceil_div(factor.n_positions, planned.step[f]);
-        }
-        planned.first_unit[2] = n_units;
-        entries.push_back(planned);
+        entries.push_back({plan_of(index, form, target_id, target), entry, offset, placement});
     });
     if (arena_bytes < needed) {
         fail(RMM_BUFFER_TOO_SMALL, "the arena has %llu bytes, the task needs %llu", ull(arena_bytes), ull(needed));
     }
-    n_threads = choose_threads(n_threads, needed, n_units);
-    in_parallel(n_threads, n_units, [&](const NextUnit& next) {
-        auto restorer = std::make_unique<Restorer>(index);
-        const PlannedEntry* open_entry = nullptr;
-        int open_factor = 0;
+    const Units units = share_out(index, entries, dtype);
+    n_threads = choose_threads(n_threads, needed, units.count());
+    in_parallel(n_threads, units.count(), [&](const NextUnit& next) {
+        std::vector<std::unique_ptr<Restorer>> restorers;
+        std::vector<Restorer*> used;
+        const Piece* open = nullptr;  // what the first restorer has taken up
+        auto with_piece = [&](const Piece& piece, auto&& work) {
+            Target target = index.target(index.listed_target(task.first_target + piece.entry));
+            with_name(index, task, target, piece.factor, work);
+        };
         uint64_t unit;
         while (next(unit)) {
-            const PlannedEntry& planned =
-                *(std::upper_bound(entries.begin(), entries.end(), unit,
-                                   [](uint64_t u, const PlannedEntry& e) { return u < e.first_unit[2]; }));
-            int f = unit >= planned.first_unit[1] ? 1 : 0;
-            uint64_t j = static_cast<uint64_t>(&planned - entries.data());
-            Target target = index.target(index.listed_target(task.first_target + j));
-            with_name(index, task, target, f, [&] {
-                if (open_entry != &planned || open_factor != f) {
-                    open_entry = nullptr;
-                    restorer->open(planned.plan, f, planned.entry, planned.offset);
-                    open_entry = &planned;
-                    open_factor = f;
+            const Piece* pieces = units.pieces.data() + units.starts[unit];
+            const size_t n = units.starts[unit + 1] - units.starts[unit];
+            while (restorers.size() < n) restorers.push_back(std::make_unique<Restorer>(index));
+            if (n > 1 || !open || !open->same_factor(pieces[0])) {
+                open = nullptr;
+                used.clear();
+                for (size_t i = 0; i < n; ++i) {
+                    const PlannedEntry& planned = entries[pieces[i].entry];
+                    used.push_back(restorers[i].get());
+                    with_piece(pieces[i], [&] { used[i]->open(planned.plan, pieces[i].factor, planned.entry, planned.offset); });
                 }
-                uint64_t first = (unit - planned.first_unit[f]) * planned.step[f];
-                uint64_t last = std::min(first + planned.step[f], planned.plan.factor[f].n_positions);
-                restorer->write(dtype, arena + planned.placement.offset[f], first, last);
-            });
+                Restorer::decode(used.data(), n);
+                for (size_t i = 0; i < n; ++i) with_piece(pieces[i], [&] { used[i]->finish(); });
+                open = pieces;
+            }
+            for (size_t i = 0; i < n; ++i) {
+                const Piece& piece = pieces[i];
+                used[i]->write(dtype, arena + entries[piece.entry].placement.offset[piece.factor], piece.first, piece.last);
+            }
         }
     });
 }
@@ -138,6 +190,9 @@ void load_factor(const Index& index, const Task& task, uint64_t entry_number, in
         with_name(index, task, target, factor, [&] {
             auto restorer = std::make_unique<Restorer>(index);
             restorer->open(plan, factor, entry, offset);
+            Restorer* only = restorer.get();
+            Restorer::decode(&only, 1);
+            restorer->finish();
             restorer->write(dtype, out, 0, plan.factor[factor].n_positions);
         });
     });

@@ -13,16 +13,17 @@ const PlacedRun& Rows::find(uint64_t i) {
     return runs_[last_];
 }
 
+void Rows::sort() {
+    std::sort(runs_.begin(), runs_.end(),
+              [](const PlacedRun& a, const PlacedRun& b) { return a.first_row < b.first_row; });
+}
+
 void Restorer::take(ArrayWalk& walk, const Array& array, Rows* rows) {
-    if (rows) rows->clear();
     walk.array(
         array,
         [&](PlacedRun run) {
             if (!rows) return;
-            if (!run.encoding->fixed_size) {
-                decode_run(run, array.row_length, *rows);
-                return;
-            }
+            if (!run.encoding->fixed_size) return put_off(run, array.row_length, *rows);
             rows->push(run);
         },
         [](uint64_t, uint64_t) {});
@@ -30,48 +31,92 @@ void Restorer::take(ArrayWalk& walk, const Array& array, Rows* rows) {
 
 // Rows of such a run cannot be entered in the middle: all are decoded, to f32. What that takes is
 // in proportion to the run, which has a byte for each row and words for those that are not zero.
-void Restorer::decode_run(const PlacedRun& run, uint64_t row_length, Rows& rows) {
-    uint64_t next = 0;
-    auto push_zeros = [&](uint64_t until) {
-        PlacedRun zeros;
-        zeros.encoding = find_encoding(ENCODING_ZERO);
-        zeros.data = run.data;
-        zeros.first_row = run.first_row + next;
-        zeros.n_rows = until - next;
-        if (zeros.n_rows > 0) rows.push(zeros);
-    };
-    const char* wrong = run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, row_length, [&](uint64_t row) {
-        push_zeros(row);
-        next = row + 1;
-        decoded_.emplace_back(new float[row_length]);
+void Restorer::put_off(const PlacedRun& run, uint64_t row_length, Rows& rows) {
+    RunDecoding decoding = {run.data, run.n_bytes, run.n_rows, row_length, nullptr};
+    pending_.push_back(std::unique_ptr<Pending>(new Pending{run.encoding, decoding, &rows, run.first_row, 0}));
+    Pending& pending = *pending_.back();
+    pending.decoding.target = [this, &pending](uint64_t row) {
+        push_zeros(pending, row);
+        pending.next = row + 1;
+        decoded_.emplace_back(new float[pending.decoding.n]);
         PlacedRun values;
         values.encoding = find_encoding(ENCODING_F32);
         values.data = reinterpret_cast<const uint8_t*>(decoded_.back().get());
-        values.row_bytes = 4 * row_length;
-        values.first_row = run.first_row + row;
+        values.row_bytes = 4 * pending.decoding.n;
+        values.first_row = pending.first_row + row;
         values.n_rows = 1;
-        rows.push(values);
+        pending.rows->push(values);
         return decoded_.back().get();
-    });
-    if (wrong) refuse(87, static_cast<uint64_t>(run.data - index_.data), "%s", wrong);
-    push_zeros(run.n_rows);
+    };
+}
+
+void Restorer::push_zeros(const Pending& pending, uint64_t until) {
+    PlacedRun zeros;
+    zeros.encoding = find_encoding(ENCODING_ZERO);
+    zeros.data = pending.decoding.data;
+    zeros.first_row = pending.first_row + pending.next;
+    zeros.n_rows = until - pending.next;
+    if (zeros.n_rows > 0) pending.rows->push(zeros);
+}
+
+void Restorer::decode(Restorer* const* restorers, size_t n) {
+    std::vector<Pending*> left;
+    for (size_t i = 0; i < n; ++i) {
+        for (auto& pending : restorers[i]->pending_) left.push_back(pending.get());
+    }
+    while (!left.empty()) {  // once for each encoding
+        const Encoding* encoding = left.front()->encoding;
+        auto others = std::stable_partition(left.begin(), left.end(),
+                                            [&](const Pending* pending) { return pending->encoding == encoding; });
+        std::vector<RunDecoding> runs;
+        for (auto at = left.begin(); at != others; ++at) runs.push_back((*at)->decoding);
+        encoding->decode_runs(runs.data(), runs.size());
+        for (size_t i = 0; i < runs.size(); ++i) left[i]->decoding.wrong = runs[i].wrong;
+        left.erase(left.begin(), others);
+    }
+}
+
+void Restorer::finish() {
+    for (const auto& pending : pending_) {
+        const RunDecoding& run = pending->decoding;
+        if (run.wrong) refuse(87, static_cast<uint64_t>(run.data - index_.data), "%s", run.wrong);
+        push_zeros(*pending, run.n_rows);
+    }
+    if (pending_.empty()) return;
+    for (Rows* rows : {&mean_, &basis_, &coefficients_, &residual_}) rows->sort();
+    pending_.clear();
 }
 
 void Restorer::open(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset) {
     plan_ = plan.factor[f];
     factor_ = f;
+    pending_.clear();
     decoded_.clear();
+    try {
+        walk(plan, f, entry, offset);
+    } catch (Failure&) {
+        // A malformed run is the reason why what follows it does not fit: tell that.
+        Restorer* self = this;
+        decode(&self, 1);
+        finish();
+        throw;
+    }
+}
+
+void Restorer::walk(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset) {
     Array arrays[4];
     entry_arrays(plan, arrays);
-    ArrayWalk walk(index_, offset, entry.length, 61, "the entry");
-    for (int i = 0; i < 4; ++i) {
-        Rows* rows = i / 2 != f ? nullptr : i % 2 == 0 ? &coefficients_ : &residual_;
-        take(walk, arrays[i], rows);
-    }
-    walk.finish();
-
+    ArrayWalk entry_walk(index_, offset, entry.length, 61, "the entry");
+    coefficients_.clear();
+    residual_.clear();
     mean_.clear();
     basis_.clear();
+    for (int i = 0; i < 4; ++i) {
+        Rows* rows = i / 2 != f ? nullptr : i % 2 == 0 ? &coefficients_ : &residual_;
+        take(entry_walk, arrays[i], rows);
+    }
+    entry_walk.finish();
+
     if (plan.frame == NONE) return;
     Frame frame = index_.frame(plan.frame);
     frame_arrays(frame, index_.target(frame.target), arrays);

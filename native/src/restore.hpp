@@ -22,6 +22,7 @@ class Rows {
         last_ = 0;
     }
     void push(const PlacedRun& run) { runs_.push_back(run); }
+    void sort();  // if runs were not pushed in order
     bool present() const { return !runs_.empty(); }
 
     Row row(uint64_t i) {
@@ -46,16 +47,25 @@ class Restorer {
   public:
     explicit Restorer(const Index& index) : index_(index) {}
 
-    // Takes up factor `f` (0: A, 1: B) of an entry at `offset` in the file. Throws Failure.
+    // Takes up factor `f` (0: A, 1: B) of an entry at `offset` in the file; decode() is to follow.
+    // Throws Failure.
     void open(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset);
+
+    // Decodes what several have taken up and cannot be entered in the middle: together, since that is
+    // quicker. A run that is malformed is told by finish().
+    static void decode(Restorer* const* restorers, size_t n);
+
+    // Makes ready for write(). Throws Failure.
+    void finish();
 
     // Writes positions first … last − 1 of the factor, which starts at `out`; `first` is a multiple
     // of TILE. A is (rank, n_in), B (n_out, rank), row-major.
     void write(int dtype, uint8_t* out, uint64_t first, uint64_t last);
 
   private:
+    void walk(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset);
     void take(ArrayWalk& walk, const Array& array, Rows* rows);
-    void decode_run(const PlacedRun& run, uint64_t row_length, Rows& rows);
+    void put_off(const PlacedRun& run, uint64_t row_length, Rows& rows);
     void tile(int dtype, uint8_t* out, uint64_t first, uint64_t n);
     void prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first, uint64_t n, uint32_t j, uint32_t n_terms);
     const f32u* decode(const Row& row, uint64_t first, uint64_t n, f32u* buffer);
@@ -64,7 +74,17 @@ class Restorer {
     FactorPlan plan_;
     int factor_ = 0;
     Rows mean_, basis_, coefficients_, residual_;
-    std::vector<std::unique_ptr<float[]>> decoded_;  // rows of encodings that are not fixed-size
+
+    // Runs of encodings that are not fixed-size, and their rows.
+    struct Pending {
+        const Encoding* encoding;
+        RunDecoding decoding;
+        Rows* rows;
+        uint64_t first_row, next;  // of the run; the row that is to come
+    };
+    static void push_zeros(const Pending& pending, uint64_t until);
+    std::vector<std::unique_ptr<Pending>> pending_;
+    std::vector<std::unique_ptr<float[]>> decoded_;
 
     alignas(64) float panel_[PANEL_ROWS][TILE];
     alignas(64) float terms_[TERMS][TILE];

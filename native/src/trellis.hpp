@@ -79,10 +79,16 @@ uint64_t run_bytes(const uint8_t* data, uint64_t available);
 // 1,024 coded values for each two bytes of words and lane, so that what they take can be allocated.
 const char* parse(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64_t n, Run& run);
 
-// Decodes the rows that have symbols, in order, into target(row): null, or how the run breaks RMM-087,
-// which may be found at the very end.
+// A run to be decoded: the rows that have symbols, in order, into target(row).
 using RowTarget = std::function<float*(uint64_t row)>;
-const char* decode(const Run& run, const RowTarget& target);
+struct Decoding {
+    Run run;
+    RowTarget target;
+    const char* wrong = nullptr;  // how the run breaks RMM-087, which may be found at the very end
+};
+
+// Decodes all of them but those that are wrong already; several at once are quicker than one by one.
+void decode(Decoding* decodings, size_t n);
 
 // Codes rows (n_rows, n) with the step that `base` and the row's byte give, so that the sum of
 // (error / step)² + lambda · bits is least over all sequences of the trellis.

@@ -2,6 +2,9 @@
 
 #include "trellis_wide.hpp"
 
+#include <algorithm>
+#include <optional>
+
 #if defined(__clang__)
 #define RMM_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
@@ -14,92 +17,178 @@ namespace rmm {
 namespace trellis {
 namespace {
 
+// Asks for a table's cache lines: a short row would wait for nearly every one it uses.
+RMM_INLINE void fetch(const void* data, size_t n_bytes) {
+#if defined(__GNUC__)
+    const char* at = static_cast<const char*>(data);
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(at + i);
+#else
+    (void)data, (void)n_bytes;
+#endif
+}
+
+// The lanes of one run from its first row to its last.
 template <unsigned LANES>
-class Decoder {
+class Stream : public Lanes<LANES> {
   public:
-    Decoder(const Run& run, const WideKernels* wide) : run_(run), wide_(wide), words_{run.words, run.end} {
+    explicit Stream(Decoding& decoding) : decoding_(decoding) {
+        const Run& run = decoding.run;
+        this->words = {run.words, run.end};
+        this->seen = 0;
         for (unsigned lane = 0; lane < LANES; ++lane) {
-            x_[lane] = u32(run.states + 4 * lane);
-            s_[lane] = 0;
+            this->x[lane] = u32(run.states + 4 * lane);
+            this->s[lane] = 0;
+            if (this->x[lane] < STATE_LOW) fail("a state of the trellis run is too small");
         }
     }
 
-    const char* decode(const RowTarget& target) {
-        for (uint32_t x : x_) {
-            if (x < STATE_LOW) return "a state of the trellis run is too small";
+    // Goes on to the next row if this one is done. False if there is none, or if something is wrong.
+    bool ready() {
+        const Run& run = decoding_.run;
+        if (left_ > 0) return true;
+        while (row_ < run.n_rows && run.row_bytes[row_] == 0) ++row_;
+        if (row_ >= run.n_rows) {
+            finish();
+            return false;
         }
-        for (uint64_t k = 0; k < run_.n_rows; ++k) {
-            if (run_.row_bytes[k] == 0) continue;
-            const Table& t = table(run_.row_bytes[k]);
-            const RowCode code = {t.slot, t.escape, t.raw_bits, row_step(run_.base, run_.row_bytes[k])};
-            f32u* out = target(k);
-            if (!(t.raw_bits == 0 ? row<false>(code, out) : row<true>(code, out))) {
-                return "the trellis run has too few words";
-            }
-        }
-        if (seen_ > MAX_INDEX) return "a level of the trellis run is too large";
-        if (words_.next != words_.end) return "the trellis run has words left over";
-        for (uint32_t x : x_) {
-            if (x != STATE_LOW) return "the trellis run does not end in its initial state";
-        }
-        return nullptr;
-    }
-
-  private:
-    // What was measured to be quicker: with four lanes nearly everything is in registers, and of those
-    // the moves take one more.
-    static constexpr Refill QUICK = LANES == 4 ? Refill::SHIFT : Refill::MOVE;
-
-    template <bool RAW>
-    bool row(const RowCode& code, f32u* out) {
-        constexpr uint64_t MOST = LANES * words_of_value(RAW);
-        const uint64_t n = run_.n;
-        uint64_t at = 0;
-        while (at < n) {
-            uint64_t rounds = words_.left() / MOST;
-            if (rounds > (n - at) / LANES) rounds = (n - at) / LANES;
-            if (rounds > 0) {
-                if (LANES == MAX_LANES && wide_) {
-                    (RAW ? wide_->raw : wide_->plain)(code, out + at, rounds, x_, s_, words_, seen_);
-                } else {
-                    unchecked<RAW>(code, out + at, rounds);
-                }
-                at += rounds * LANES;
-                continue;
-            }
-            for (unsigned lane = 0; lane < LANES && at < n; ++lane, ++at) {
-                if (!decode_value<RAW, Refill::CHECKED>(code, x_[lane], s_[lane], words_, seen_, out[at])) return false;
-            }
-        }
+        const Table& t = table(run.row_bytes[row_]);
+        this->row = {t.slot, t.escape, t.raw_bits, row_step(run.base, run.row_bytes[row_])};
+        fetch(t.slot, sizeof t.slot);
+        this->out = decoding_.target(row_++);
+        left_ = run.n;
         return true;
     }
 
-    // The states are copied to where the compiler can keep them in registers.
-    template <bool RAW>
-    void unchecked(const RowCode& shared, f32u* out, uint64_t rounds) {
-        const RowCode code = shared;
-        uint32_t x[LANES], s[LANES], seen = seen_;
-        Words words = words_;
-        std::memcpy(x, x_, sizeof x);
-        std::memcpy(s, s_, sizeof s);
-        for (; rounds > 0; --rounds, out += LANES) {
-            RMM_UNROLL
-            for (unsigned lane = 0; lane < LANES; ++lane) {
-                decode_value<RAW, QUICK>(code, x[lane], s[lane], words, seen, out[lane]);
-            }
-        }
-        std::memcpy(x_, x, sizeof x);
-        std::memcpy(s_, s, sizeof s);
-        words_ = words;
-        seen_ = seen;
+    // Values of each lane for which there are words whatever they are.
+    uint64_t rounds() const {
+        return std::min(this->words.left() / (LANES * words_of_value(this->raw())), left_ / LANES);
     }
 
-    const Run& run_;
-    const WideKernels* wide_;
-    Words words_;
-    uint32_t x_[LANES], s_[LANES];
-    uint32_t seen_ = 0;  // all indices with raw bits, OR-ed
+    void took(uint64_t rounds) { left_ -= rounds * LANES; }
+
+    // The next value of each lane, as far as there are any.
+    void step() {
+        for (unsigned lane = 0; lane < LANES && left_ > 0; ++lane, --left_, ++this->out) {
+            uint32_t &x = this->x[lane], &s = this->s[lane];
+            const bool good =
+                this->raw()
+                    ? decode_value<true, Refill::CHECKED>(this->row, x, s, this->words, this->seen, *this->out)
+                    : decode_value<false, Refill::CHECKED>(this->row, x, s, this->words, this->seen, *this->out);
+            if (!good) return fail("the trellis run has too few words");
+        }
+    }
+
+  private:
+    void fail(const char* wrong) {
+        decoding_.wrong = wrong;
+        row_ = decoding_.run.n_rows;
+        left_ = 0;
+    }
+
+    void finish() {
+        if (decoding_.wrong) return;
+        if (this->seen > MAX_INDEX) return fail("a level of the trellis run is too large");
+        if (this->words.next != this->words.end) return fail("the trellis run has words left over");
+        for (uint32_t x : this->x) {
+            if (x != STATE_LOW) return fail("the trellis run does not end in its initial state");
+        }
+    }
+
+    Decoding& decoding_;
+    uint64_t row_ = 0, left_ = 0;
 };
+
+// What was measured to be quicker: with four lanes nearly everything is in registers, and of those the
+// moves take one more.
+template <unsigned LANES>
+constexpr Refill QUICK = LANES == 4 ? Refill::SHIFT : Refill::MOVE;
+
+// The states are copied to where the compiler can keep them in registers.
+template <unsigned LANES, bool RAW>
+void decode_rounds(Lanes<LANES>& lanes, uint64_t rounds) {
+    Lanes<LANES> at = lanes;
+    for (; rounds > 0; --rounds, at.out += LANES) {
+        RMM_UNROLL
+        for (unsigned lane = 0; lane < LANES; ++lane) {
+            decode_value<RAW, QUICK<LANES>>(at.row, at.x[lane], at.s[lane], at.words, at.seen, at.out[lane]);
+        }
+    }
+    lanes = at;
+}
+
+// Two runs at once. A row without raw bits is one with zero of them, at some cost.
+template <unsigned LANES, bool RAW>
+void decode_rounds(Lanes<LANES>& first, Lanes<LANES>& second, uint64_t rounds) {
+    Lanes<LANES> a = first, b = second;
+    for (; rounds > 0; --rounds, a.out += LANES, b.out += LANES) {
+        RMM_UNROLL
+        for (unsigned lane = 0; lane < LANES; ++lane) {
+            decode_value<RAW, Refill::MOVE>(a.row, a.x[lane], a.s[lane], a.words, a.seen, a.out[lane]);
+            decode_value<RAW, Refill::MOVE>(b.row, b.x[lane], b.s[lane], b.words, b.seen, b.out[lane]);
+        }
+    }
+    first = a;
+    second = b;
+}
+
+template <unsigned LANES>
+void decode_one(Lanes<LANES>& lanes, uint64_t rounds, const WideKernels* wide) {
+    if constexpr (LANES == MAX_LANES) {
+        if (wide) return wide->one[lanes.raw()](lanes, rounds);
+    }
+    lanes.raw() ? decode_rounds<LANES, true>(lanes, rounds) : decode_rounds<LANES, false>(lanes, rounds);
+}
+
+template <unsigned LANES>
+void decode_two(Lanes<LANES>& a, Lanes<LANES>& b, uint64_t rounds, const WideKernels* wide) {
+    if constexpr (LANES == MAX_LANES) {
+        if (wide) return wide->two[a.raw()][b.raw()](a, b, rounds);
+    }
+    if constexpr (LANES == 1) {
+        if (a.raw() || b.raw()) return decode_rounds<LANES, true>(a, b, rounds);
+        return decode_rounds<LANES, false>(a, b, rounds);
+    }
+    decode_one(a, rounds, wide);
+    decode_one(b, rounds, wide);
+}
+
+// All runs of so many lanes, two under way at any time: a value waits for the one before it in its
+// lane, so one run alone leaves the processor idle half of the time.
+template <unsigned LANES>
+void decode_all(Decoding* decodings, size_t n, const WideKernels* wide) {
+    std::optional<Stream<LANES>> streams[2];
+    size_t next = 0;
+    auto refill = [&](std::optional<Stream<LANES>>& stream) {
+        while (!stream || !stream->ready()) {
+            stream.reset();
+            while (next < n && (decodings[next].wrong || decodings[next].run.lanes != LANES)) ++next;
+            if (next == n) return;
+            stream.emplace(decodings[next++]);
+        }
+    };
+    for (;;) {
+        for (auto& stream : streams) refill(stream);
+        auto &a = streams[0], &b = streams[1];
+        if (!a && !b) return;
+        if (a && b) {
+            if (const uint64_t rounds = std::min(a->rounds(), b->rounds())) {
+                decode_two<LANES>(*a, *b, rounds, wide);
+                a->took(rounds);
+                b->took(rounds);
+                continue;
+            }
+        }
+        for (auto& stream : streams) {
+            if (!stream || (a && b && stream->rounds() > 0)) continue;
+            if (const uint64_t rounds = stream->rounds()) {
+                decode_one<LANES>(*stream, rounds, wide);
+                stream->took(rounds);
+            } else {
+                stream->step();
+            }
+        }
+    }
+}
 
 }  // namespace
 
@@ -145,15 +234,13 @@ const char* parse(const uint8_t* data, uint64_t n_bytes, uint64_t n_rows, uint64
     return nullptr;
 }
 
-const char* decode(const Run& run, const RowTarget& target, const WideKernels* wide) {
-    switch (run.lanes) {
-        case 1: return Decoder<1>(run, wide).decode(target);
-        case 4: return Decoder<4>(run, wide).decode(target);
-        default: return Decoder<MAX_LANES>(run, wide).decode(target);
-    }
+void decode(Decoding* decodings, size_t n, const WideKernels* wide) {
+    decode_all<1>(decodings, n, wide);
+    decode_all<4>(decodings, n, wide);
+    decode_all<MAX_LANES>(decodings, n, wide);
 }
 
-const char* decode(const Run& run, const RowTarget& target) { return decode(run, target, widest_kernels()); }
+void decode(Decoding* decodings, size_t n) { decode(decodings, n, widest_kernels()); }
 
 }  // namespace trellis
 }  // namespace rmm

@@ -81,5 +81,17 @@ RMM_INLINE bool decode_value(const RowCode& row, uint32_t& x, uint32_t& s, Words
     return true;
 }
 
+// A run's lanes in the middle of a row.
+template <unsigned LANES>
+struct Lanes {
+    RowCode row;
+    f32u* out;  // of the next value
+    Words words;
+    uint32_t x[LANES], s[LANES];  // entropy and trellis states
+    uint32_t seen;                // all indices with raw bits, OR-ed
+
+    bool raw() const { return row.raw_bits != 0; }
+};
+
 }  // namespace trellis
 }  // namespace rmm

@@ -27,9 +27,10 @@ constexpr uint32_t LOW_BITS = (1u << TABLE_BITS) - 1;
 
 // A round with an escape, of which there is one in hundreds.
 template <bool RAW>
-void scalar_round(const RowCode& code, f32u* out, uint32_t* x, uint32_t* s, Words& words, uint32_t& seen) {
+void scalar_round(WideLanes& lanes) {
     for (unsigned lane = 0; lane < LANES; ++lane) {
-        decode_value<RAW, Refill::SHIFT>(code, x[lane], s[lane], words, seen, out[lane]);
+        decode_value<RAW, Refill::SHIFT>(lanes.row, lanes.x[lane], lanes.s[lane], lanes.words, lanes.seen,
+                                         lanes.out[lane]);
     }
 }
 
@@ -40,71 +41,104 @@ void scalar_round(const RowCode& code, f32u* out, uint32_t* x, uint32_t* s, Word
 
 // --- AVX-512 (with VBMI2: words are spread over the lanes by one instruction) ---
 
+struct Lanes512 {
+    WideLanes& lanes;
+    f32u* out;
+    const uint8_t* next;
+    __m512i x, s, all;
+};
+
+RMM_AVX512 RMM_INLINE void take(Lanes512& at) {
+    at.out = at.lanes.out;
+    at.next = at.lanes.words.next;
+    at.x = _mm512_loadu_si512(at.lanes.x);
+    at.s = _mm512_loadu_si512(at.lanes.s);
+}
+
+RMM_AVX512 RMM_INLINE void put_back(Lanes512& at) {
+    at.lanes.out = at.out;
+    at.lanes.words.next = at.next;
+    _mm512_storeu_si512(at.lanes.x, at.x);
+    _mm512_storeu_si512(at.lanes.s, at.s);
+}
+
 template <bool RAW>
-RMM_AVX512 void rounds_avx512(const RowCode& code, f32u* out, uint64_t rounds, uint32_t* states_x, uint32_t* states_s,
-                              Words& words, uint32_t& seen) {
+RMM_AVX512 RMM_INLINE void round_512(Lanes512& at) {
+    const RowCode& row = at.lanes.row;
     const __m512i low_bits = _mm512_set1_epi32(LOW_BITS), one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2);
-    const __m512i escape = _mm512_set1_epi32(static_cast<int>(code.escape));
-    const __m512i state_low = _mm512_set1_epi32(static_cast<int>(STATE_LOW));
-    const __m512i raw_limit = _mm512_set1_epi32(1 << code.raw_bits);
-    const __m512i limits = _mm512_set1_epi32(1 << 16 << code.raw_bits | 1);
-    const __m512i raw_mask = _mm512_sub_epi32(raw_limit, one), word_mask = _mm512_set1_epi32(0xFFFF);
-    const __m128i raw_bits = _mm_cvtsi32_si128(static_cast<int>(code.raw_bits));
-    const __m512i feedback = _mm512_set1_epi32(FEEDBACK), input = _mm512_set1_epi32(INPUT);
-    const __m512 step = _mm512_set1_ps(code.step);
-    const uint8_t* next = words.next;
-    __m512i x = _mm512_loadu_si512(states_x), s = _mm512_loadu_si512(states_s), all = _mm512_setzero_si512();
-    for (; rounds > 0; --rounds, out += LANES) {
-        const __m512i slot = _mm512_i32gather_epi32(_mm512_and_si512(x, low_bits), code.slot, 4);
-        __m512i j = _mm512_srli_epi32(slot, 24);
-        if (_mm512_cmpeq_epi32_mask(j, escape)) {
-            _mm512_storeu_si512(states_x, x);
-            _mm512_storeu_si512(states_s, s);
-            words.next = next;
-            scalar_round<RAW>(code, out, states_x, states_s, words, seen);
-            next = words.next;
-            x = _mm512_loadu_si512(states_x);
-            s = _mm512_loadu_si512(states_s);
-            continue;
-        }
-        const __m512i frequency = _mm512_and_si512(_mm512_srli_epi32(slot, TABLE_BITS), low_bits);
-        x = _mm512_add_epi32(_mm512_mullo_epi32(frequency, _mm512_srli_epi32(x, TABLE_BITS)),
-                             _mm512_and_si512(slot, low_bits));
-        const __mmask16 low = _mm512_cmplt_epu32_mask(x, state_low);
-        if (RAW) {
-            // In 16 bits each: what tells of the symbol's word, and what of the raw bits' behind it.
-            const __m512i high = _mm512_srli_epi32(x, 16);
-            const __m512i top = _mm512_mask_mov_epi32(high, low, x);
-            const __mmask32 taken =
-                _mm512_cmplt_epu16_mask(_mm512_or_si512(_mm512_slli_epi32(top, 16), high), limits);
-            const __mmask16 again = _mm512_cmplt_epu32_mask(top, raw_limit);
-            const __m512i pair = _mm512_maskz_expand_epi16(taken, _mm512_loadu_si512(next));
-            next += 2 * _mm_popcnt_u32(taken);
-            x = _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), _mm512_and_si512(pair, word_mask));
-            j = _mm512_or_si512(_mm512_sll_epi32(j, raw_bits), _mm512_and_si512(x, raw_mask));
-            x = _mm512_srl_epi32(x, raw_bits);
-            x = _mm512_mask_or_epi32(x, again, _mm512_slli_epi32(x, 16), _mm512_srli_epi32(pair, 16));
-            all = _mm512_or_si512(all, j);
-        } else {
-            const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next));
-            const __m512i word = _mm512_maskz_expand_epi32(low, _mm512_cvtepu16_epi32(sixteen));
-            next += 2 * _mm_popcnt_u32(low);
-            x = _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), word);
-        }
-        const __m512i odd = _mm512_add_epi32(_mm512_add_epi32(j, j), one);
-        const __m512i sign = _mm512_slli_epi32(_mm512_xor_si512(s, j), 31);
-        const __m512 size = _mm512_mul_ps(_mm512_cvtepi32_ps(odd), step);
-        _mm512_storeu_si512(out, _mm512_xor_si512(_mm512_castps_si512(size), sign));
-        const __mmask16 is_odd = _mm512_test_epi32_mask(s, one);
-        const __mmask16 is_in = _mm512_test_epi32_mask(_mm512_add_epi32(j, one), two);
-        s = _mm512_srli_epi32(s, 1);
-        s = _mm512_mask_xor_epi32(s, is_odd, s, feedback);
-        s = _mm512_mask_xor_epi32(s, is_in, s, input);
+    __m512i x = at.x, s = at.s;
+    const __m512i slot = _mm512_i32gather_epi32(_mm512_and_si512(x, low_bits), row.slot, 4);
+    __m512i j = _mm512_srli_epi32(slot, 24);
+    if (_mm512_cmpeq_epi32_mask(j, _mm512_set1_epi32(static_cast<int>(row.escape)))) {
+        put_back(at);
+        scalar_round<RAW>(at.lanes);
+        take(at);
+        at.out += LANES;
+        return;
     }
-    _mm512_storeu_si512(states_x, x);
-    _mm512_storeu_si512(states_s, s);
-    words.next = next;
-    seen |= static_cast<uint32_t>(_mm512_reduce_or_epi32(all));
+    const __m512i frequency = _mm512_and_si512(_mm512_srli_epi32(slot, TABLE_BITS), low_bits);
+    x = _mm512_add_epi32(_mm512_mullo_epi32(frequency, _mm512_srli_epi32(x, TABLE_BITS)),
+                         _mm512_and_si512(slot, low_bits));
+    const __mmask16 low = _mm512_cmplt_epu32_mask(x, _mm512_set1_epi32(static_cast<int>(STATE_LOW)));
+    if (RAW) {
+        const __m128i raw_bits = _mm_cvtsi32_si128(static_cast<int>(row.raw_bits));
+        const __m512i raw_limit = _mm512_set1_epi32(1 << row.raw_bits);
+        // In 16 bits each: what tells of the symbol's word, and what of the raw bits' behind it.
+        const __m512i high = _mm512_srli_epi32(x, 16);
+        const __m512i top = _mm512_mask_mov_epi32(high, low, x);
+        const __mmask32 taken = _mm512_cmplt_epu16_mask(_mm512_or_si512(_mm512_slli_epi32(top, 16), high),
+                                                        _mm512_set1_epi32(1 << 16 << row.raw_bits | 1));
+        const __mmask16 again = _mm512_cmplt_epu32_mask(top, raw_limit);
+        const __m512i pair = _mm512_maskz_expand_epi16(taken, _mm512_loadu_si512(at.next));
+        at.next += 2 * _mm_popcnt_u32(taken);
+        x = _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), _mm512_and_si512(pair, _mm512_set1_epi32(0xFFFF)));
+        j = _mm512_or_si512(_mm512_sll_epi32(j, raw_bits), _mm512_and_si512(x, _mm512_sub_epi32(raw_limit, one)));
+        x = _mm512_srl_epi32(x, raw_bits);
+        x = _mm512_mask_or_epi32(x, again, _mm512_slli_epi32(x, 16), _mm512_srli_epi32(pair, 16));
+        at.all = _mm512_or_si512(at.all, j);
+    } else {
+        const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at.next));
+        const __m512i word = _mm512_maskz_expand_epi32(low, _mm512_cvtepu16_epi32(sixteen));
+        at.next += 2 * _mm_popcnt_u32(low);
+        x = _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), word);
+    }
+    const __m512i odd = _mm512_add_epi32(_mm512_add_epi32(j, j), one);
+    const __m512i sign = _mm512_slli_epi32(_mm512_xor_si512(s, j), 31);
+    const __m512 size = _mm512_mul_ps(_mm512_cvtepi32_ps(odd), _mm512_set1_ps(row.step));
+    _mm512_storeu_si512(at.out, _mm512_xor_si512(_mm512_castps_si512(size), sign));
+    const __mmask16 is_odd = _mm512_test_epi32_mask(s, one);
+    const __mmask16 is_in = _mm512_test_epi32_mask(_mm512_add_epi32(j, one), two);
+    s = _mm512_srli_epi32(s, 1);
+    s = _mm512_mask_xor_epi32(s, is_odd, s, _mm512_set1_epi32(FEEDBACK));
+    at.s = _mm512_mask_xor_epi32(s, is_in, s, _mm512_set1_epi32(INPUT));
+    at.x = x;
+    at.out += LANES;
+}
+
+RMM_AVX512 RMM_INLINE void finish(Lanes512& at) {
+    put_back(at);
+    at.lanes.seen |= static_cast<uint32_t>(_mm512_reduce_or_epi32(at.all));
+}
+
+template <bool RAW>
+RMM_AVX512 void one_512(WideLanes& lanes, uint64_t rounds) {
+    Lanes512 at = {lanes, nullptr, nullptr, {}, {}, {}};
+    take(at);
+    for (; rounds > 0; --rounds) round_512<RAW>(at);
+    finish(at);
+}
+
+template <bool RAW_A, bool RAW_B>
+RMM_AVX512 void two_512(WideLanes& first, WideLanes& second, uint64_t rounds) {
+    Lanes512 a = {first, nullptr, nullptr, {}, {}, {}}, b = {second, nullptr, nullptr, {}, {}, {}};
+    take(a);
+    take(b);
+    for (; rounds > 0; --rounds) {
+        round_512<RAW_A>(a);
+        round_512<RAW_B>(b);
+    }
+    finish(a);
+    finish(b);
 }
 
 // --- AVX2: eight lanes at a time, words fetched by their positions ---
@@ -124,16 +158,41 @@ RMM_AVX2 inline unsigned mask_of(__m256i lanes) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
 }
 
-struct Eight {
-    __m256i x, s;
+struct Lanes256 {
+    WideLanes& lanes;
+    f32u* out;
+    const uint8_t* next;
+    __m256i x[2], s[2], all;
 };
 
+RMM_AVX2 RMM_INLINE __m256i* half_of(uint32_t* states, unsigned half) {
+    return reinterpret_cast<__m256i*>(states) + half;
+}
+
+RMM_AVX2 RMM_INLINE void take(Lanes256& at) {
+    at.out = at.lanes.out;
+    at.next = at.lanes.words.next;
+    for (unsigned half = 0; half < 2; ++half) {
+        at.x[half] = _mm256_loadu_si256(half_of(at.lanes.x, half));
+        at.s[half] = _mm256_loadu_si256(half_of(at.lanes.s, half));
+    }
+}
+
+RMM_AVX2 RMM_INLINE void put_back(Lanes256& at) {
+    at.lanes.out = at.out;
+    at.lanes.words.next = at.next;
+    for (unsigned half = 0; half < 2; ++half) {
+        _mm256_storeu_si256(half_of(at.lanes.x, half), at.x[half]);
+        _mm256_storeu_si256(half_of(at.lanes.s, half), at.s[half]);
+    }
+}
+
 template <bool RAW>
-RMM_AVX2 inline __m256i decode_eight(const RowCode& code, Eight& lanes, __m256i slot, const uint8_t*& next,
-                                     __m256i& all) {
+RMM_AVX2 RMM_INLINE void decode_eight(Lanes256& at, unsigned half, __m256i slot) {
+    const RowCode& row = at.lanes.row;
     const __m256i low_bits = _mm256_set1_epi32(LOW_BITS), zero = _mm256_setzero_si256();
     const __m256i one = _mm256_set1_epi32(1), word_mask = _mm256_set1_epi32(0xFFFF);
-    __m256i x = lanes.x, s = lanes.s, j = _mm256_srli_epi32(slot, 24);
+    __m256i x = at.x[half], s = at.s[half], j = _mm256_srli_epi32(slot, 24);
     x = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(slot, TABLE_BITS), low_bits),
                                             _mm256_srli_epi32(x, TABLE_BITS)),
                          _mm256_and_si256(slot, low_bits));
@@ -141,92 +200,98 @@ RMM_AVX2 inline __m256i decode_eight(const RowCode& code, Eight& lanes, __m256i 
     uint64_t taken = SPREAD.of[mask_of(low)];
     __m256i again = zero;
     if (RAW) {
-        const __m256i raw_limit = _mm256_set1_epi32(1 << code.raw_bits);
+        const __m256i raw_limit = _mm256_set1_epi32(1 << row.raw_bits);
         again = _mm256_cmpgt_epi32(raw_limit, _mm256_blendv_epi8(top, x, low));
         taken += SPREAD.of[mask_of(again)];
     }
     const uint64_t sums = taken * 0x0101010101010101u;  // byte i: words of lanes 0 … i
     const __m256i position = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(sums << 8)));
-    const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(next), position, 2);
-    next += 2 * (sums >> 56);
+    const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(at.next), position, 2);
+    at.next += 2 * (sums >> 56);
     x = _mm256_blendv_epi8(x, _mm256_or_si256(_mm256_slli_epi32(x, 16), _mm256_and_si256(pair, word_mask)), low);
     if (RAW) {
-        const __m128i raw_bits = _mm_cvtsi32_si128(static_cast<int>(code.raw_bits));
-        const __m256i raw_mask = _mm256_set1_epi32((1 << code.raw_bits) - 1);
+        const __m128i raw_bits = _mm_cvtsi32_si128(static_cast<int>(row.raw_bits));
+        const __m256i raw_mask = _mm256_set1_epi32((1 << row.raw_bits) - 1);
         j = _mm256_or_si256(_mm256_sll_epi32(j, raw_bits), _mm256_and_si256(x, raw_mask));
         x = _mm256_srl_epi32(x, raw_bits);
         const __m256i second = _mm256_blendv_epi8(_mm256_and_si256(pair, word_mask), _mm256_srli_epi32(pair, 16), low);
         x = _mm256_blendv_epi8(x, _mm256_or_si256(_mm256_slli_epi32(x, 16), second), again);
-        all = _mm256_or_si256(all, j);
+        at.all = _mm256_or_si256(at.all, j);
     }
     const __m256i odd = _mm256_add_epi32(_mm256_add_epi32(j, j), one);
     const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(s, j), 31);
-    const __m256 size = _mm256_mul_ps(_mm256_cvtepi32_ps(odd), _mm256_set1_ps(code.step));
+    const __m256 size = _mm256_mul_ps(_mm256_cvtepi32_ps(odd), _mm256_set1_ps(row.step));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at.out) + half, _mm256_xor_si256(_mm256_castps_si256(size), sign));
     const __m256i is_odd = _mm256_sub_epi32(zero, _mm256_and_si256(s, one));
     const __m256i is_in = _mm256_srai_epi32(_mm256_slli_epi32(_mm256_add_epi32(j, one), 30), 31);
-    lanes.s = _mm256_xor_si256(_mm256_srli_epi32(s, 1),
-                               _mm256_xor_si256(_mm256_and_si256(is_odd, _mm256_set1_epi32(FEEDBACK)),
-                                                _mm256_and_si256(is_in, _mm256_set1_epi32(INPUT))));
-    lanes.x = x;
-    return _mm256_xor_si256(_mm256_castps_si256(size), sign);
+    at.s[half] = _mm256_xor_si256(_mm256_srli_epi32(s, 1),
+                                  _mm256_xor_si256(_mm256_and_si256(is_odd, _mm256_set1_epi32(FEEDBACK)),
+                                                   _mm256_and_si256(is_in, _mm256_set1_epi32(INPUT))));
+    at.x[half] = x;
 }
 
 template <bool RAW>
-RMM_AVX2 void rounds_avx2(const RowCode& code, f32u* out, uint64_t rounds, uint32_t* states_x, uint32_t* states_s,
-                          Words& words, uint32_t& seen) {
+RMM_AVX2 RMM_INLINE void round_256(Lanes256& at) {
     const __m256i low_bits = _mm256_set1_epi32(LOW_BITS);
-    const __m256i escape = _mm256_set1_epi32(static_cast<int>(code.escape));
-    const uint8_t* next = words.next;
-    __m256i all = _mm256_setzero_si256();
-    Eight lanes[2];
-    const auto place = [](uint32_t* states, unsigned half) { return reinterpret_cast<__m256i*>(states) + half; };
+    const __m256i escape = _mm256_set1_epi32(static_cast<int>(at.lanes.row.escape));
+    const int* table = reinterpret_cast<const int*>(at.lanes.row.slot);
+    __m256i slot[2], escaped = _mm256_setzero_si256();
     for (unsigned half = 0; half < 2; ++half) {
-        lanes[half] = {_mm256_loadu_si256(place(states_x, half)), _mm256_loadu_si256(place(states_s, half))};
+        slot[half] = _mm256_i32gather_epi32(table, _mm256_and_si256(at.x[half], low_bits), 4);
+        escaped = _mm256_or_si256(escaped, _mm256_cmpeq_epi32(_mm256_srli_epi32(slot[half], 24), escape));
     }
-    for (; rounds > 0; --rounds, out += LANES) {
-        __m256i slot[2], escaped = _mm256_setzero_si256();
-        for (unsigned half = 0; half < 2; ++half) {
-            slot[half] = _mm256_i32gather_epi32(reinterpret_cast<const int*>(code.slot),
-                                                _mm256_and_si256(lanes[half].x, low_bits), 4);
-            escaped = _mm256_or_si256(escaped, _mm256_cmpeq_epi32(_mm256_srli_epi32(slot[half], 24), escape));
-        }
-        if (mask_of(escaped)) {
-            for (unsigned half = 0; half < 2; ++half) {
-                _mm256_storeu_si256(place(states_x, half), lanes[half].x);
-                _mm256_storeu_si256(place(states_s, half), lanes[half].s);
-            }
-            words.next = next;
-            scalar_round<RAW>(code, out, states_x, states_s, words, seen);
-            next = words.next;
-            for (unsigned half = 0; half < 2; ++half) {
-                lanes[half] = {_mm256_loadu_si256(place(states_x, half)), _mm256_loadu_si256(place(states_s, half))};
-            }
-            continue;
-        }
-        for (unsigned half = 0; half < 2; ++half) {
-            const __m256i values = decode_eight<RAW>(code, lanes[half], slot[half], next, all);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + half, values);
-        }
+    if (mask_of(escaped)) {
+        put_back(at);
+        scalar_round<RAW>(at.lanes);
+        take(at);
+    } else {
+        decode_eight<RAW>(at, 0, slot[0]);
+        decode_eight<RAW>(at, 1, slot[1]);
     }
+    at.out += LANES;
+}
+
+RMM_AVX2 RMM_INLINE void finish(Lanes256& at) {
+    put_back(at);
     uint32_t indices[8];
-    for (unsigned half = 0; half < 2; ++half) {
-        _mm256_storeu_si256(place(states_x, half), lanes[half].x);
-        _mm256_storeu_si256(place(states_s, half), lanes[half].s);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices), at.all);
+    for (uint32_t index : indices) at.lanes.seen |= index;
+}
+
+template <bool RAW>
+RMM_AVX2 void one_256(WideLanes& lanes, uint64_t rounds) {
+    Lanes256 at = {lanes, nullptr, nullptr, {}, {}, {}};
+    take(at);
+    for (; rounds > 0; --rounds) round_256<RAW>(at);
+    finish(at);
+}
+
+template <bool RAW_A, bool RAW_B>
+RMM_AVX2 void two_256(WideLanes& first, WideLanes& second, uint64_t rounds) {
+    Lanes256 a = {first, nullptr, nullptr, {}, {}, {}}, b = {second, nullptr, nullptr, {}, {}, {}};
+    take(a);
+    take(b);
+    for (; rounds > 0; --rounds) {
+        round_256<RAW_A>(a);
+        round_256<RAW_B>(b);
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices), all);
-    for (uint32_t index : indices) seen |= index;
-    words.next = next;
+    finish(a);
+    finish(b);
 }
 
 std::vector<WideKernels> supported() {
     std::vector<WideKernels> found;
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) {
-        found.push_back({"avx2", rounds_avx2<false>, rounds_avx2<true>});
+        found.push_back({"avx2",
+                         {one_256<false>, one_256<true>},
+                         {{two_256<false, false>, two_256<false, true>}, {two_256<true, false>, two_256<true, true>}}});
     }
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt")) {
-        found.push_back({"avx512vbmi2", rounds_avx512<false>, rounds_avx512<true>});
+        found.push_back({"avx512vbmi2",
+                         {one_512<false>, one_512<true>},
+                         {{two_512<false, false>, two_512<false, true>}, {two_512<true, false>, two_512<true, true>}}});
     }
     return found;
 }

@@ -8,15 +8,13 @@
 namespace rmm {
 namespace trellis {
 
-// Decodes `rounds` values of each of the sixteen lanes with entropy states x and trellis states s into
-// out[round · 16 + lane]. The caller has seen that there are words_of_value() words for each of them.
-using WideRounds = void (*)(const RowCode& code, f32u* out, uint64_t rounds, uint32_t* x, uint32_t* s, Words& words,
-                            uint32_t& seen);
-
+// Decodes the next `rounds` values of each lane, of one run or of two at once. The caller has seen that
+// there are words_of_value() words for each of them.
+using WideLanes = Lanes<MAX_LANES>;
 struct WideKernels {
     const char* name;  // of the instructions that they need
-    WideRounds plain;  // of rows without raw bits
-    WideRounds raw;
+    void (*one[2])(WideLanes& lanes, uint64_t rounds);                  // by whether the row has raw bits
+    void (*two[2][2])(WideLanes& a, WideLanes& b, uint64_t rounds);
 };
 
 // Those that this processor can run, the quickest last; none in a portable build.
@@ -26,7 +24,7 @@ const std::vector<WideKernels>& wide_kernels();
 const WideKernels* widest_kernels();
 
 // As decode() of trellis.hpp, with these kernels, or lane by lane without: the same bits.
-const char* decode(const Run& run, const RowTarget& target, const WideKernels* wide);
+void decode(Decoding* decodings, size_t n, const WideKernels* wide);
 
 }  // namespace trellis
 }  // namespace rmm

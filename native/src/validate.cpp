@@ -180,10 +180,12 @@ class Validator {
 
     void check_decoding(const PlacedRun& run, uint64_t row_length) {
         std::vector<float> row;
-        const char* wrong = run.encoding->decode_run(run.data, run.n_bytes, run.n_rows, row_length, [&](uint64_t) {
-            row.resize(row_length);
-            return row.data();
-        });
+        RunDecoding decoding = {run.data, run.n_bytes, run.n_rows, row_length, [&](uint64_t) {
+                                    row.resize(row_length);
+                                    return row.data();
+                                }};
+        run.encoding->decode_runs(&decoding, 1);
+        const char* wrong = decoding.wrong;
         if (wrong) report_.broken(87, static_cast<uint64_t>(run.data - index_.data), "%s", wrong);
     }
 

@@ -1,0 +1,98 @@
+// Every way of decoding trellis runs gives the same values, and the same verdict on damaged ones, one
+// run at a time or two; under a sanitizer none reads outside a run. Prints how many were decoded.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+
+#include "../src/trellis_wide.hpp"
+
+using namespace rmm::trellis;
+
+namespace {
+
+struct Outcome {
+    std::vector<float> values;
+    std::string wrong;
+
+    bool operator==(const Outcome& other) const {
+        return wrong == other.wrong &&
+               (!wrong.empty() || std::memcmp(values.data(), other.values.data(), 4 * values.size()) == 0);
+    }
+};
+
+Outcome outcome(const std::vector<uint8_t>& run, uint64_t k, uint64_t n, const WideKernels* kernels, size_t together) {
+    // Of exactly its size, so that a sanitizer sees what is behind it.
+    std::unique_ptr<uint8_t[]> bytes(new uint8_t[run.size()]);
+    std::memcpy(bytes.get(), run.data(), run.size());
+    std::vector<std::vector<float>> values(together, std::vector<float>(k * n));
+    std::vector<Decoding> decodings(together);
+    for (size_t i = 0; i < together; ++i) {
+        decodings[i].wrong = parse(bytes.get(), run.size(), k, n, decodings[i].run);
+        decodings[i].target = [&values, i, n](uint64_t row) { return values[i].data() + row * n; };
+    }
+    decode(decodings.data(), together, kernels);
+    const char* wrong = decodings.back().wrong;
+    return {values.back(), wrong ? wrong : ""};
+}
+
+// The run cut by some words, its length told anew.
+std::vector<uint8_t> cut(std::vector<uint8_t> run, size_t head, size_t n_words) {
+    run.resize(run.size() - 2 * n_words);
+    size_t length = run.size() - head;
+    for (size_t i = 0; i < head; ++i, length >>= 7) run[i] = static_cast<uint8_t>((length & 127) | (i + 1 < head ? 128 : 0));
+    return run;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int trials = argc > 1 ? std::atoi(argv[1]) : 20;
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    long n_decoded = 0, n_refused = 0;
+    for (int trial = 0; trial < trials; ++trial) {
+        const uint64_t sizes[3] = {300, 1500, 4096};  // one, four and sixteen lanes
+        const uint64_t k = 16 + trial % 3, n = sizes[trial % 3] + static_cast<uint64_t>(trial) * 13;
+        const float step = std::ldexp(1.0f, 2 - trial % 10);
+        std::vector<float> rows(k * n), decoded(k * n);
+        for (float& value : rows) value = normal(random);
+        for (uint64_t i = 0; i < n; i += 97) rows[i] = 500 * step;  // escapes
+        std::vector<uint8_t> tables(k, 20), run;
+        std::vector<float> lambdas(k, 1.6f);
+        uint32_t bits;
+        std::memcpy(&bits, &step, 4);
+        if (encode(rows.data(), k, n, tables.data(), static_cast<uint16_t>(bits >> 16), lambdas.data(), 3, run, decoded.data())) {
+            return 2;
+        }
+        size_t head = 1;
+        while (run[head - 1] & 128) ++head;
+        for (unsigned damage = 0; damage < 8; ++damage) {
+            std::vector<uint8_t> bytes = run;
+            if (damage == 1) bytes = cut(run, head, 1);
+            if (damage == 2) bytes = cut(run, head, random() % (run.size() / 4));
+            for (unsigned i = 3; i <= damage; ++i) {
+                bytes[head + 2 + k + random() % (bytes.size() - head - 2 - k)] = static_cast<uint8_t>(random());
+            }
+            const Outcome expected = outcome(bytes, k, n, nullptr, 1);
+            if (damage == 0 && !(expected == Outcome{decoded, ""})) return 3;
+            n_refused += !expected.wrong.empty();
+            std::vector<const WideKernels*> ways = {nullptr};
+            for (const WideKernels& wide : wide_kernels()) ways.push_back(&wide);
+            for (const WideKernels* way : ways) {
+                for (size_t together = 1; together <= 3; ++together, ++n_decoded) {
+                    if (outcome(bytes, k, n, way, together) == expected) continue;
+                    std::printf("trial %d, damage %u, %s, %zu at once: differs\n", trial, damage,
+                                way ? way->name : "portable", together);
+                    return 1;
+                }
+            }
+        }
+    }
+    std::printf("%ld decoded, %ld of the runs refused\n", n_decoded, n_refused);
+    return n_refused > 0 ? 0 : 4;
+}
