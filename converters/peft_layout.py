@@ -30,9 +30,7 @@ __all__ = ["Layout", "TargetKeys", "lay_out", "outer_module"]
 
 _FACTOR_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _ROWS = "token_adapter.trainable_tokens_delta"
-_KOHYA = (
-    "Load it with diffusers (load_lora_weights) and save the adapter of each component with PEFT."
-)
+_KOHYA = "Give the file as a source of its own: --from kohya."
 _AS_LORA = "In PEFT, save_as_lora(path, model, rank=...) writes many other types as plain LoRA."
 _LOWER = (
     "Save it in PEFT's form: torchtune's Hugging Face checkpointer does; for MLX, rename and "

@@ -92,7 +92,7 @@ BUILT_IN: tuple[Format, ...] = (
             "layer_replication",
             "grouped convolutions and fused MergedLinear layers",
             "factors that are not float32, float16 or bfloat16",
-            "kohya, LyCORIS, torchtune and MLX key names",
+            "torchtune and MLX key names (kohya's and diffusers' are the format kohya)",
         ),
     ),
     Format(
