@@ -6,6 +6,8 @@
     ONNX Runtime sessions.
 :mod:`~rmmformat.runtimes.llamacpp`
     llama.cpp.
+:mod:`~rmmformat.runtimes.vllm`
+    vLLM, as a plug-in of its own.
 
 Importing this package, or ``rmmformat``, imports no runtime.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("llamacpp", "onnx", "peft")
+_MODULES = ("llamacpp", "onnx", "peft", "vllm")
 
 
 def __getattr__(name: str) -> Any:
