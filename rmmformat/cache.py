@@ -62,7 +62,8 @@ class TaskCache:
     dtype
         ``"f32"``, ``"f16"`` or ``"bf16"``: what the factors come as.
     threads
-        How many to use for one reconstruction; 0 chooses by the size of the task.
+        How many to use for one reconstruction.  One by default: those of several threads run side
+        by side anyway.  0 chooses by the size of the task.
 
     Raises
     ------
@@ -82,7 +83,7 @@ class TaskCache:
         budget_bytes: int = DEFAULT_BUDGET,
         dtype: str | np.dtype[Any] | type[np.generic] = "f32",
         *,
-        threads: int = 0,
+        threads: int = 1,
     ) -> None:
         if budget_bytes < 0:
             raise OptionError(f"a budget is at least 0 bytes, got {budget_bytes}")

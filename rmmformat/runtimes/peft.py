@@ -40,7 +40,7 @@ def load(
     max_rank: int | None = None,
     dtype: torch.dtype | str | None = None,
     private: bool = True,
-    threads: int = 0,
+    threads: int = 1,
 ) -> LiveAdapter:
     """Put a task into a model, as a PEFT adapter with room for others.
 
@@ -72,7 +72,8 @@ def load(
         False leaves heads, biases and whatever else tasks carry beside their factors as they are
         in the model.  DoRA's magnitudes and biases of B count as factors.
     threads
-        For the reconstruction; 0 chooses by the size of the task.
+        For the reconstruction.  One by default: where other threads are busy, several wait for one
+        another.  0 chooses by the size of the task.
 
     Returns
     -------
@@ -124,7 +125,7 @@ def switch(
     task: str,
     *,
     adapter_name: str | None = None,
-    threads: int = 0,
+    threads: int = 1,
 ) -> None:
     """Put another task in the place of the one that :func:`load` put into the model.
 
@@ -144,7 +145,7 @@ def switch(
     adapter_name
         Which adapter, where :func:`load` made several.
     threads
-        For the reconstruction; 0 chooses by the size of the task.
+        As for :func:`load`.
 
     Raises
     ------

@@ -15,7 +15,7 @@ from torch import nn
 
 from rmmformat.arena import Arena, ArenaPool
 from rmmformat.cache import TaskCache
-from rmmformat.collection import Collection
+from rmmformat.collection import Collection, LoadedTask
 from rmmformat.errors import RmmError, UnsupportedError
 from rmmformat.model import Array, PrivateInfo, Role, TargetKind
 from rmmformat.runtimes.peft_modules import Place, find_module, find_place
@@ -24,7 +24,7 @@ from rmmformat.runtimes.peft_room import Room, privates_of
 __all__ = ["LiveAdapter", "Source"]
 
 Source = Collection | TaskCache
-_FORGOTTEN = frozenset({"_lock", "_plans", "_layouts", "_arena", "_views"})
+_FORGOTTEN = frozenset({"_lock", "_plans", "_layouts", "_arena", "_views", "_kept_views"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +241,9 @@ class LiveAdapter:
         self._layouts: dict[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]] = {}
         self._arena: Arena | None = None
         self._views: tuple[tuple[tuple[str, int], ...], list[torch.Tensor]] | None = None
+        self._kept_views: dict[int, list[torch.Tensor]] = {}  # id of a cache's task
 
-    def switch(self, source: Source, task: str, *, threads: int = 0) -> None:
+    def switch(self, source: Source, task: str, *, threads: int = 1) -> None:
         """Put another task's values in the place of the present ones.
 
         Parameters and errors as for :func:`rmmformat.runtimes.peft.switch`.
@@ -255,10 +256,7 @@ class LiveAdapter:
             if plan is None:
                 plan = plans[task] = self._make_plan(collection, task)
             if isinstance(source, TaskCache):
-                loaded = source.get(task)
-                values = [
-                    as_tensor(getattr(loaded[move.target], move.factor)) for move in plan.moves
-                ]
+                values = self._kept(source.get(task), plan)
             else:
                 values = self._reconstruct(collection, task, plan, threads)
             privates = collection.privates(task) if plan.privates else {}
@@ -267,7 +265,11 @@ class LiveAdapter:
             self.task = None
             with torch.inference_mode():  # the one mode that may write to inference tensors, too
                 for move, value in zip(plan.moves, values, strict=True):
-                    _put(move, value)
+                    tensor = move.place.table[move.place.key]
+                    if move.multiplier == 1 and tensor.shape == value.shape:
+                        tensor.copy_(value)
+                    else:
+                        _put(move, tensor, value)
                 for place in plan.zeros:
                     place.tensor.zero_()
                 for (name, multiplier), value in zip(plan.privates, others, strict=True):
@@ -288,9 +290,16 @@ class LiveAdapter:
         loaded = collection.load(task, out=self._arena, threads=threads)
         # Tasks of one collection mostly have one layout, so the views are made once.
         if self._views is None or self._views[0] is not plan.layout:
-            tensors = [as_tensor(getattr(loaded[move.target], move.factor)) for move in plan.moves]
-            self._views = (plan.layout, tensors)
+            self._views = (plan.layout, _values(loaded, plan))
         return self._views[1]
+
+    def _kept(self, loaded: LoadedTask, plan: _Plan) -> list[torch.Tensor]:
+        values = self._kept_views.get(id(loaded))
+        if values is None:
+            values = self._kept_views[id(loaded)] = _values(loaded, plan)
+            # They go when the cache lets the task go, so that its budget holds.
+            weakref.finalize(loaded, self._kept_views.pop, id(loaded), None).atexit = False
+        return values
 
     def _make_plan(self, collection: Collection, task: str) -> _Plan:
         source = collection.source(task)
@@ -323,8 +332,15 @@ class LiveAdapter:
         )
 
 
-def _put(move: _Move, value: torch.Tensor) -> None:
-    tensor, value = move.place.tensor, value.reshape(move.shape)
+def _values(loaded: LoadedTask, plan: _Plan) -> list[torch.Tensor]:
+    """View a task's factors as the plan's moves want them."""
+    return [
+        as_tensor(getattr(loaded[move.target], move.factor)).reshape(move.shape)
+        for move in plan.moves
+    ]
+
+
+def _put(move: _Move, tensor: torch.Tensor, value: torch.Tensor) -> None:
     if tensor.shape == value.shape:
         _write(tensor, value, move.multiplier)
         return
@@ -335,7 +351,12 @@ def _put(move: _Move, value: torch.Tensor) -> None:
 
 
 def _write(tensor: torch.Tensor, value: torch.Tensor, multiplier: float) -> None:
-    tensor.copy_(value if multiplier == 1 else value.float() * multiplier)
+    if multiplier == 1:
+        tensor.copy_(value)
+    elif tensor.dtype == value.dtype == torch.float32 and tensor.device == value.device:
+        torch.mul(value, multiplier, out=tensor)
+    else:
+        tensor.copy_(value.float() * multiplier)
 
 
 def _rest(rest: _Rest) -> None:
