@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo docs test test-browser test-llamacpp check memcheck lint bench-tasks fuzz fuzz-importers vectors clean
+.PHONY: demo dist docs test test-browser test-llamacpp check memcheck lint bench-tasks fuzz fuzz-importers vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -71,6 +71,35 @@ $(LLAMACPP_VENV)/.done: requirements-llamacpp.txt $(NATIVE)
 	$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation -e .
 	touch $@
+
+# -- packages ------------------------------------------------------------------------------------
+
+# Each of these interpreters builds a wheel out of the source distribution in a fresh environment,
+# installs it into another one, and does the main job with it.  Wheels for other machines are
+# cibuildwheel's job (pyproject.toml), which wants containers.
+PYTHONS ?= $(PYTHON)
+DIST_DIR ?= build/dist
+
+dist:
+	rm -rf $(DIST_DIR) && mkdir -p $(DIST_DIR)
+	$(PYTHON) -m venv $(DIST_DIR)/tools
+	$(DIST_DIR)/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine cibuildwheel
+	$(DIST_DIR)/tools/bin/python -m build --sdist --outdir $(DIST_DIR)/out . > $(DIST_DIR)/sdist.log
+	for python in $(PYTHONS); do \
+	  rm -rf $(DIST_DIR)/build-venv $(DIST_DIR)/try-venv && \
+	  $$python -m venv $(DIST_DIR)/build-venv && $$python -m venv $(DIST_DIR)/try-venv && \
+	  $(DIST_DIR)/build-venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	    --no-cache-dir --wheel-dir $(DIST_DIR)/wheels $(DIST_DIR)/out/*.tar.gz && \
+	  $(DIST_DIR)/try-venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --find-links $(DIST_DIR)/wheels --no-index --no-deps rmmformat && \
+	  $(DIST_DIR)/try-venv/bin/python -m pip install --quiet --disable-pip-version-check rmmformat \
+	    --find-links $(DIST_DIR)/wheels && \
+	  $(DIST_DIR)/try-venv/bin/python -I tests/packaging/smoke.py tests/data/demo-adapters || exit 1; \
+	done
+	$(DIST_DIR)/tools/bin/twine check --strict $(DIST_DIR)/out/* $(DIST_DIR)/wheels/*
+	for platform in linux macos windows; do \
+	  $(DIST_DIR)/tools/bin/cibuildwheel --print-build-identifiers --platform $$platform . || exit 1; \
+	done
 
 # -- the documentation ----------------------------------------------------------------------------
 
