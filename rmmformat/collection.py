@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from rmmformat.errors import NotFoundError, RmmError, ShapeError
 from rmmformat.format import layout
 from rmmformat.format.reader import Extent, Index, nearest, read_index, while_growing
 from rmmformat.format.validate import Report, read_metadata, validate_bytes
+from rmmformat.loaded import LoadedTask
 from rmmformat.model import (
     Array,
     Factors,
@@ -44,41 +45,6 @@ class Remote(Protocol):
 
     def validate(self) -> Report:
         """Check the whole file."""
-
-
-class LoadedTask(Mapping[str, Factors]):
-    """One task in memory: target name to its factors, as views on one arena.
-
-    Attributes
-    ----------
-    name
-        Name of the task.
-    arena
-        (n_bytes,) uint8, 64-byte aligned: all factors, each at a multiple of 64.
-    """
-
-    def __init__(self, name: str, arena: npt.NDArray[np.uint8], factors: dict[str, Factors]):
-        self.name = name
-        self.arena = arena
-        self._factors = factors
-
-    def __getitem__(self, target: str) -> Factors:
-        try:
-            return self._factors[target]
-        except KeyError:
-            raise NotFoundError(
-                f"task {self.name!r} has no target {target!r}",
-                hint=nearest(target, tuple(self._factors)),
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._factors)
-
-    def __len__(self) -> int:
-        return len(self._factors)
-
-    def __repr__(self) -> str:
-        return f"<LoadedTask {self.name!r}: {len(self)} targets, {self.arena.nbytes} bytes>"
 
 
 class Collection:
