@@ -18,12 +18,14 @@ VERBS = (
     "card",
     "validate",
     "export",
+    "onnx",
     "add",
     "remove",
     "compact",
     "compare",
     "dump",
     "formats",
+    "bench",
 )
 
 
