@@ -23,6 +23,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import importlib.util
 import threading
@@ -125,7 +126,8 @@ class Adapters:
         self._keep = keep
         self._lock = threading.Lock()
         self._plans: dict[str, Plan] = {}
-        self._free: dict[Layout, list[_Template]] = collections.defaultdict(list)
+        self._layouts: dict[Layout, Layout] = {}  # equal ones are one object
+        self._free: dict[int, list[_Template]] = collections.defaultdict(list)  # id of a layout
         self._closed = False
 
     def __enter__(self) -> Adapters:
@@ -165,10 +167,12 @@ class Adapters:
         base = self._base if self._base is not None else base_for(source, None)
         planned = plan(source, base, options=self._options, alignment=_ALIGNMENT, uniform=True)
         with self._lock:
-            return self._plans.setdefault(task, planned)
+            # Hashing a layout takes as long as a switch, so it is done once a task.
+            layout = self._layouts.setdefault(planned.layout, planned.layout)
+            return self._plans.setdefault(task, dataclasses.replace(planned, layout=layout))
 
     @contextlib.contextmanager
-    def file(self, task: str, *, threads: int = 0) -> Iterator[AdapterPath]:
+    def file(self, task: str, *, threads: int = 1) -> Iterator[AdapterPath]:
         """Lend the path of a file that holds a task.
 
         Parameters
@@ -176,7 +180,8 @@ class Adapters:
         task
             Its name.
         threads
-            How many reconstruct; 0 chooses by the size of the task.
+            How many reconstruct.  One by default: where other threads are busy, several wait for
+            one another.  0 chooses by the size of the task.
 
         Yields
         ------
@@ -193,7 +198,7 @@ class Adapters:
             The collection's file is damaged.
         """
         planned = self.plan(task)
-        template = self._take(planned.layout)
+        template = self._take(planned.layout, task)
         try:
             template.fill(self._collection, task, planned, threads)
             path = AdapterPath(template.file.path)
@@ -202,18 +207,23 @@ class Adapters:
         finally:
             self._give_back(planned.layout, template)
 
-    def _take(self, layout: Layout) -> _Template:
+    def _take(self, layout: Layout, task: str) -> _Template:
+        """Take a file that holds the task already, or that nobody has used for longest."""
         with self._lock:
             if self._closed:
                 raise RmmError("the adapters are closed")
-            if self._free[layout]:
-                return self._free[layout].pop()
+            free = self._free[id(layout)]
+            for n, template in enumerate(free):
+                if template.task == task:
+                    return free.pop(n)
+            if len(free) >= max(self._keep, 1):
+                return free.pop(0)
         return _Template(layout)
 
     def _give_back(self, layout: Layout, template: _Template) -> None:
         with self._lock:
-            if not self._closed and len(self._free[layout]) < self._keep:
-                self._free[layout].append(template)
+            if not self._closed and len(self._free[id(layout)]) < self._keep:
+                self._free[id(layout)].append(template)
                 return
         template.file.close()
 
@@ -223,12 +233,16 @@ class _Template:
 
     def __init__(self, layout: Layout) -> None:
         head = header(layout)
+        self.task: str | None = None  # whose values it has
         self.file = MemoryFile(len(head) + layout.n_bytes)
         self.file.bytes[: len(head)] = np.frombuffer(head, np.uint8)
         self.arena = self.file.bytes[len(head) :]
 
     def fill(self, collection: Collection, task: str, planned: Plan, threads: int) -> None:
         """Reconstruct a task in place, then see to the few factors that llama.cpp has otherwise."""
+        if self.task == task:
+            return
+        self.task = None
         slots = planned.layout.slots
         loaded = collection.load(task, dtype=slots[0].dtype, out=self.arena, threads=threads)
         self._check_places(loaded, planned)
@@ -252,6 +266,7 @@ class _Template:
             if slot.turned or slot.heads or fold != 1:
                 flat = view.reshape(-1)
                 flat[:] = payload(slot, factors, fold).reshape(-1)
+        self.task = task
 
     def _check_places(self, loaded: LoadedTask, planned: Plan) -> None:
         """Hold the arena's places against the header's: they must be the same."""
