@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +133,24 @@ class Checkpoint:
                 self._unreleased = 0
         return array
 
-    def read_bytes(self, name: str, start: int, length: int) -> bytes:
-        """Read a part of one tensor's bytes: row-major, little-endian; raises as :meth:`read`."""
+    def read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> bytes:
+        """Read parts of one tensor's bytes, which lie row-major and little-endian.
+
+        Parameters
+        ----------
+        parts
+            Start and length of each.
+
+        Raises
+        ------
+        NotFoundError, SourceError
+            As :meth:`read`.
+        """
         self._check(name)
-        store = self._store
-        if isinstance(store, _PositionedStore):
-            return store.read_bytes(self._keys[name], start, length)
+        if isinstance(self._store, _PositionedStore):
+            return self._store.read_parts(self._keys[name], parts)
         flat = np.ascontiguousarray(self.read(name)).reshape(-1).view(np.uint8)
-        return flat[start : start + length].tobytes()
+        return b"".join(flat[start : start + length].tobytes() for start, length in parts)
 
     def _check(self, name: str) -> None:
         if name not in self._keys:
@@ -169,9 +179,12 @@ class _PositionedStore(SafetensorsStore):
             self._fill(name, array.reshape(-1).view(np.uint8).data, 0)
         return array
 
-    def read_bytes(self, name: str, start: int, length: int) -> bytes:
-        buffer = bytearray(max(0, min(length, _n_bytes(self.metas[name]) - start)))
-        self._fill(name, memoryview(buffer), start)
+    def read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> bytes:
+        buffer = bytearray(sum(length for _, length in parts))
+        done = 0
+        for start, length in parts:
+            self._fill(name, memoryview(buffer)[done : done + length], start)
+            done += length
         return bytes(buffer)
 
     def _fill(self, name: str, buffer: memoryview, start: int) -> None:

@@ -95,14 +95,14 @@ class CheckpointTask:
 
     Attributes
     ----------
-    tuned, base
+    tuned, base_checkpoint
         The two models.
     """
 
     def __init__(self, name: str, tuned: Checkpoint, base: Checkpoint, options: Options) -> None:
         self._name = name
         self.tuned = tuned
-        self.base = base
+        self.base_checkpoint = base
         self._options = options
         self._criterion = criterion_of(options)
         self._plan: Plan = plan_extraction(tuned, base)
@@ -122,7 +122,7 @@ class CheckpointTask:
     @property
     def base_model(self) -> str:
         """The base's name: of its folder, or of its repository if it lies in the Hub's cache."""
-        return self.base.model_id
+        return self.base_checkpoint.model_id
 
     @property
     def config_text(self) -> str:
@@ -229,7 +229,7 @@ class CheckpointTask:
 
     def _run(self, progress: Progress | None) -> _Extraction:
         for name, known in self._plan.tied:
-            if not _equal(self.tuned.read(name), self.base.read(known)):
+            if not _equal(self.tuned.read(name), self.base_checkpoint.read(known)):
                 raise UnsupportedError(
                     f"tensor {name!r} has changed, and the config ties it to an output weight that "
                     "is not stored and whose name is not known",
@@ -252,7 +252,7 @@ class CheckpointTask:
         """Extract what has changed; or say whether the tensor is to be kept whole."""
         if item.base is None:
             return True
-        tuned, known = self.tuned.read(item.tensor), self.base.read(item.base)
+        tuned, known = self.tuned.read(item.tensor), self.base_checkpoint.read(item.base)
         if _equal(tuned, known):
             return False
         if item.shape is None:
@@ -321,7 +321,7 @@ class CheckpointTask:
         if n_bad:
             what = f"tensor {checkpoint.key_of(tensor)!r}"
             if base is not None:
-                what += f" minus {base!r} of the base {self.base.path}"
+                what += f" minus {base!r} of the base {self.base_checkpoint.path}"
             raise NonFiniteError(
                 f"{what}: {n_bad} of {array.size} values are NaN or infinite",
                 path=str(checkpoint.path),

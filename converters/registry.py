@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from rmmformat.converters.base import DEFAULTS, Exporter, Importer, Options
+from rmmformat.converters.base import DEFAULTS, Exporter, Importer, Joint, Options
 from rmmformat.converters.names import check_task_names
 from rmmformat.errors import NotFoundError, RmmError, SourceError, UnsupportedError
 from rmmformat.model import SourceTask
@@ -103,6 +103,13 @@ BUILT_IN: tuple[Format, ...] = (
         install="pip install safetensors",
     ),
     Format(
+        name="onnx",
+        description="ONNX Runtime adapter (.onnx_adapter), for what `rmm onnx prepare` made",
+        exporter="rmmformat.converters.onnx_adapter:OnnxAdapterExporter",
+        needs=("onnxruntime",),
+        install='pip install "rmmformat[onnx]"',
+    ),
+    Format(
         name="kohya",
         description="LoRA file of an image model (kohya, diffusers), or a folder of such files",
         importer="rmmformat.converters.kohya:KohyaImporter",
@@ -129,6 +136,14 @@ BUILT_IN: tuple[Format, ...] = (
             "weights that llama.cpp splits, joins or scales, and those it applies no pair to",
             "writing: private tensors, convolutions, Conv1D, embeddings that are the head, too",
         ),
+    ),
+    Format(
+        name="lore",
+        description="fine-tuned models of an unknown base, together; needs --from and --write-base",
+        importer="rmmformat.converters.lore:LoreImporter",
+        needs=("safetensors",),
+        install="pip install safetensors",
+        refuses=("quantised models", "models whose layers are not the same", "one model alone"),
     ),
     # Last: weights of a whole model are what they are only if they are nothing more special.
     Format(
@@ -258,6 +273,9 @@ def collect(
         A source is of a kind that a collection cannot hold.
     """
     tasks: list[SourceTask] = []
+    joint = get_importer(fmt) if fmt is not None else None
+    if isinstance(joint, Joint):
+        return joint.open_together(sources, options=options)
     for name, path in sources:
         importer = get_importer(fmt if fmt is not None else detect(path))
         tasks.extend(importer.open(path, name=name, options=options))

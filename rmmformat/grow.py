@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
+from rmmformat.base_model import common_base
 from rmmformat.coding import Exact, MaxError, Method, Plain, Published, Size
 from rmmformat.converters.base import DEFAULTS, Options
-from rmmformat.errors import LossyConversionError, OptionError, RmmError, UnsupportedError
+from rmmformat.errors import LossyConversionError, OptionError, UnsupportedError
 from rmmformat.extend import Extension, KnownFrame, extend_target
 from rmmformat.format.catalog import Frame, TargetKey, target_key
 from rmmformat.format.growth import Growth, compact_file
@@ -28,9 +29,7 @@ from rmmformat.pipeline import (
     Progress,
     Source,
     TaskReport,
-    check_base,
     code_targets,
-    first_base,
     group_targets,
     map_targets,
     open_tasks,
@@ -147,10 +146,15 @@ def add(
     SourceError, FormatError, UnsupportedError, OSError
         The file stays as it is.
     """
-    tasks = open_tasks(sources, kind, options)
+    tasks = open_tasks(sources, kind, options, progress)
     with Growth(path, wait=wait, notice=notice) as growth:
         metadata = growth.catalog.metadata or {}
-        base = _common_base(metadata, tasks, allow_base_mismatch)
+        base = common_base(
+            tasks,
+            options,
+            allow_mismatch=allow_base_mismatch,
+            of_file=metadata.get("base_model", {}),
+        )
         there = [task.name for task in tasks if task.name in growth.catalog.tasks]
         if there and not replace:
             raise LossyConversionError(
@@ -229,7 +233,7 @@ def remove(
             growth.drop(name)
         metadata = growth.catalog.metadata
         if metadata is not None:
-            metadata = described_further(metadata, [], "", {}, dropped=unique)
+            metadata = described_further(metadata, [], None, {}, dropped=unique)
         plan = growth.preview(metadata)
         if not dry_run:
             growth.finish(metadata)
@@ -281,23 +285,6 @@ def recorded_method(metadata: Mapping[str, Any]) -> Method:
             f"the file does not say how its tasks are kept (method {name!r})",
             hint="Choose: --max-error E, --size FRACTION, --exact, or --encoding NAME.",
         ) from None
-
-
-def _common_base(
-    metadata: Mapping[str, Any], tasks: Sequence[SourceTask], allow_mismatch: bool
-) -> str:
-    of_file = str(metadata.get("base_model", {}).get("id", ""))
-    if allow_mismatch:
-        return of_file or first_base(tasks)
-    of_tasks = check_base(tasks)
-    if of_file and of_tasks and of_file != of_tasks:
-        raise RmmError(
-            f"task {tasks[0].name!r} belongs to {of_tasks!r}, the file to {of_file!r}",
-            path=tasks[0].path,
-            hint="One file holds tasks of one base model; use --allow-base-mismatch if these are "
-            "two names of one model.",
-        )
-    return of_file or of_tasks
 
 
 class _Extensions:

@@ -15,12 +15,12 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rmmformat.base_model import common_base
 from rmmformat.blas import one_thread, with_one_thread
 from rmmformat.coding import CodedTarget, Method, code_target
-from rmmformat.converters.base import DEFAULTS, Options
+from rmmformat.converters.base import DEFAULTS, Options, Prepared
 from rmmformat.converters.names import check_task_names
 from rmmformat.converters.registry import collect
-from rmmformat.errors import RmmError
 from rmmformat.format.assembly import Assembly
 from rmmformat.format.catalog import TargetKey
 from rmmformat.format.writer import Writer
@@ -50,7 +50,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TaskReport:
-    """One task's part in a conversion; errors are relative Frobenius errors of its deltas."""
+    """One task's part in a conversion; errors are relative Frobenius errors of its deltas.
+
+    ``extraction_error`` is what cutting the change of whole weights to factors had left out before,
+    against that change; None for a task whose source had factors.
+    """
 
     name: str
     n_targets: int
@@ -61,6 +65,7 @@ class TaskReport:
     max_error: float
     worst_target: str
     ledger: tuple[LedgerLine, ...]
+    extraction_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,27 +167,6 @@ def _named(source: Source) -> tuple[str | None, Source]:
     return parse_source(source)
 
 
-def check_base(tasks: Sequence[SourceTask]) -> str:
-    """Id of the one base model of all tasks.
-
-    Raises
-    ------
-    RmmError
-        Tasks name different base models.
-    """
-    named = [task for task in tasks if task.base_model]
-    for task in named[1:]:
-        if task.base_model != named[0].base_model:
-            raise RmmError(
-                f"task {task.name!r} belongs to {task.base_model!r}, "
-                f"task {named[0].name!r} to {named[0].base_model!r}",
-                path=task.path,
-                hint="One file holds tasks of one base model; use --allow-base-mismatch if these "
-                "are two names of one model.",
-            )
-    return named[0].base_model if named else ""
-
-
 def convert(
     sources: Source | Iterable[Source] | Mapping[str, Source] | Sequence[SourceTask],
     path: Source,
@@ -210,7 +194,7 @@ def convert(
     overwrite
         Replace an existing file.
     allow_base_mismatch
-        Take tasks that name different base models.
+        Take tasks of different base models, and such as do not fit ``options.base``.
     executor
         Where targets are coded; here and one after the other by default.  The file is the same.
     progress
@@ -230,8 +214,8 @@ def convert(
                 allow_base_mismatch=allow_base_mismatch, executor=executor, progress=progress,
             )  # fmt: skip
         return dataclasses.replace(report, path=shown(path))
-    tasks = open_tasks(sources, kind, options)
-    base = first_base(tasks) if allow_base_mismatch else check_base(tasks)
+    tasks = open_tasks(sources, kind, options, progress)
+    base = common_base(tasks, options, allow_mismatch=allow_base_mismatch)
     by_target = group_targets(tasks)
     errors: dict[str, dict[str, float]] = {task.name: {} for task in tasks}
     with Writer(path, overwrite=overwrite) as writer:
@@ -291,16 +275,21 @@ def put_privates(
             progress("private tensors", done, len(tasks))
 
 
-def open_tasks(sources: Any, kind: str | None, options: Options) -> list[SourceTask]:
-    """Open sources as :func:`open_sources` does; take tasks that are open already as they are."""
+def open_tasks(
+    sources: Any, kind: str | None, options: Options, progress: Progress | None = None
+) -> list[SourceTask]:
+    """Open sources as :func:`open_sources` does, or take tasks that are open already as they are.
+
+    Those whose targets must be computed are computed here.
+    """
     if isinstance(sources, Sequence) and sources and hasattr(sources[0], "factors"):
-        return list(sources)
-    return open_sources(sources, kind=kind, options=options)
-
-
-def first_base(tasks: Sequence[SourceTask]) -> str:
-    """Id of the base model that the first task names, or the empty string."""
-    return next((task.base_model for task in tasks if task.base_model), "")
+        tasks = list(sources)
+    else:
+        tasks = open_sources(sources, kind=kind, options=options)
+    for task in tasks:
+        if isinstance(task, Prepared):
+            task.prepare(progress)
+    return tasks
 
 
 def group_targets(tasks: Sequence[SourceTask]) -> dict[TargetKey, list[SourceTask]]:
@@ -412,4 +401,5 @@ def report_task(task: SourceTask, errors: Mapping[str, float]) -> TaskReport:
         summary.max if summary else 0.0,
         worst,
         task.ledger,
+        float(task.extraction()["error"]) if isinstance(task, Prepared) else None,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rmmformat.base_model import common_base
 from rmmformat.coding import Exact, MaxError, Method, Published, Size
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.format import layout
@@ -22,7 +23,6 @@ from rmmformat.pipeline import (
     CollectionTargets,
     Progress,
     Source,
-    check_base,
     convert,
     group_targets,
     open_tasks,
@@ -129,9 +129,8 @@ def plan(
     RmmError
         Tasks name different base models.
     """
-    tasks = open_tasks(sources, kind, options)
-    if not allow_base_mismatch:
-        check_base(tasks)
+    tasks = open_tasks(sources, kind, options, progress)
+    common_base(tasks, options, allow_mismatch=allow_base_mismatch)
     by_target = group_targets(tasks)
     methods: list[tuple[str, Method]] = [
         *((f"--max-error {100 * e:g}%", MaxError(e)) for e in max_errors),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rmmformat._version import __version__
+from rmmformat.converters.base import Prepared
 from rmmformat.merge.error import summarize
 from rmmformat.model import SourceTask
 
@@ -18,7 +19,10 @@ Errors = Mapping[str, Mapping[str, float]]
 
 
 def described_anew(
-    tasks: Sequence[SourceTask], base: str, method: Mapping[str, object], errors: Errors
+    tasks: Sequence[SourceTask],
+    base: Mapping[str, Any],
+    method: Mapping[str, object],
+    errors: Errors,
 ) -> dict[str, Any]:
     """Metadata of a new collection.
 
@@ -27,20 +31,20 @@ def described_anew(
     tasks
         What it is made of.
     base
-        Id of the base model, or the empty string.
+        The key ``base_model``: id and fingerprint, each if known.
     method
         Name and parameters.
     errors
         Measured error by task and target.
     """
-    empty = {"base_model": {}, "method": dict(method), "configs": [], "tasks": {}}
+    empty = {"method": dict(method), "configs": [], "tasks": {}}
     return described_further(empty, tasks, base, errors)
 
 
 def described_further(
     metadata: Mapping[str, Any],
     tasks: Sequence[SourceTask],
-    base: str,
+    base: Mapping[str, Any] | None,
     errors: Errors,
     *,
     dropped: Iterable[str] = (),
@@ -52,8 +56,10 @@ def described_further(
     ----------
     metadata
         What it was; keys that are not known here stay.
-    tasks, base, errors
+    tasks, errors
         Of those that join.
+    base
+        The key ``base_model`` from now on; None where it stays.
     dropped
         Names of those that leave.
     method
@@ -82,9 +88,7 @@ def described_further(
         "configs": configs,
         "tasks": described,
     }
-    result["base_model"] = dict(metadata.get("base_model", {}))
-    if base and not result["base_model"].get("id"):
-        result["base_model"]["id"] = base
+    result["base_model"] = dict(metadata.get("base_model", {}) if base is None else base)
     return result
 
 
@@ -93,6 +97,11 @@ def _description(task: SourceTask, errors: Mapping[str, float]) -> dict[str, Any
         "factor_bytes": sum(info.n_bytes for info in task.targets.values()),
         "files": [dataclasses.asdict(file) for file in task.files],
     }
+    if isinstance(task, Prepared):
+        entry["extraction"] = {
+            key: _short(value) if isinstance(value, float) else value
+            for key, value in task.extraction().items()
+        }
     if task.config_text:
         entry["config"] = task.config_text
     measured = [error for error in errors.values() if np.isfinite(error)]

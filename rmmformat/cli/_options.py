@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from rmmformat.converters.base import Options
+from rmmformat.methods import parse_fraction
 from rmmformat.workers import worker_pool
 
 __all__ = ["Pool", "Reading", "as_json", "force", "names", "reads_sources", "workers"]
@@ -40,6 +41,10 @@ def _pairs(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
             raise click.BadParameter(f"{left!r} is mapped twice")
         pairs[left] = right
     return pairs
+
+
+def _fraction(_ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    return None if value is None else parse_fraction(value, str(param.name).replace("_", " "))
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -85,7 +90,7 @@ _SOURCE_OPTIONS = (
     click.option(
         "--base",
         type=click.Path(path_type=Path),
-        help="The base model, for sources that can be read only beside it.",
+        help="The base model: fine-tuned models are read beside it, adapters compared with it.",
     ),
     names,
     click.option(
@@ -95,7 +100,58 @@ _SOURCE_OPTIONS = (
     ),
     click.option("--allow-nonfinite", is_flag=True, help="Take tensors with NaN or infinity."),
     click.option(
-        "--allow-base-mismatch", is_flag=True, help="Take tasks of differently named bases."
+        "--allow-base-mismatch",
+        is_flag=True,
+        help="Take tasks of differing bases, and such as do not fit --base.",
+    ),
+    click.option(
+        "--drop-private",
+        is_flag=True,
+        help="Leave out what is no factor: heads, biases, norms, ...",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(1),
+        metavar="R",
+        help="Of fine-tuned models: components extracted from each changed weight.  [default: 16]",
+    ),
+    click.option(
+        "--energy",
+        callback=_fraction,
+        metavar="F",
+        help="... the fewest that keep this part of its squared norm (0.9 or 90%).",
+    ),
+    click.option(
+        "--extract-error",
+        callback=_fraction,
+        metavar="E",
+        help="... the fewest within this relative error (0.3 or 30%).",
+    ),
+    click.option(
+        "--svd",
+        type=click.Choice(["auto", "exact", "random"]),
+        default="auto",
+        show_default=True,
+        help="How they are extracted.",
+    ),
+    click.option(
+        "--write-base",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="With --from lore: where the estimated base goes.",
+    ),
+    click.option(
+        "--mu",
+        type=click.FloatRange(0),
+        default=0.01,
+        show_default=True,
+        help="... threshold on the singular values of what is left of each model.",
+    ),
+    click.option(
+        "--steps", type=click.IntRange(1), default=20, show_default=True, help="... most rounds."
+    ),
+    click.option(
+        "--weight", type=float, default=1.0, show_default=True, help="... scale of the deltas."
     ),
 )
 _FIELDS = {field.name for field in dataclasses.fields(Options)}

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from rmmformat.base_model import common_base
 from rmmformat.cli._exit import Verb
 from rmmformat.cli._options import Pool, Reading, reads_sources, workers
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
 from rmmformat.compare import DENSE_LIMIT, Comparison, compare, load_evaluation
 from rmmformat.contenders import FAMILIES, contenders
 from rmmformat.converters.files import atomic_file
-from rmmformat.pipeline import check_base, open_sources
+from rmmformat.pipeline import open_tasks
 from rmmformat.report import check_plots, render_page
 
 __all__ = ["command"]
@@ -112,9 +113,9 @@ def command(
     evaluate = None if evaluation is None else load_evaluation(evaluation)
     if page is not None:
         check_plots()
-    tasks = open_sources(sources, kind=reading.kind, options=reading.options)
-    if not reading.allow_base_mismatch:
-        check_base(tasks)
+    with progress_bar(quiet=as_json) as progress:
+        tasks = open_tasks(sources, reading.kind, reading.options, progress)
+    common_base(tasks, reading.options, allow_mismatch=reading.allow_base_mismatch)
     rank = max((info.rank for task in tasks for info in task.targets.values()), default=0)
     chosen = contenders(
         len(tasks),

@@ -133,6 +133,11 @@ def _show(report: ConvertReport, ledger: bool, as_json: bool) -> None:
     ]  # fmt: skip
     columns = ("task", ">targets", ">original", ">mean error", ">median", ">max", "worst target")
     print_table(report.path, columns, rows)
+    extracted = [t for t in report.tasks if t.extraction_error is not None]
+    if extracted:
+        left_out = [(t.name, percent(t.extraction_error or 0.0)) for t in extracted]
+        note("errors above are against the factors; extracting them had left, of what changed:")
+        print_table("", ("task", ">left out by extraction"), left_out)
     click.echo(
         f"error of all deltas: mean {percent(report.mean_error)}, median "
         f"{percent(report.median_error)}, max {percent(report.max_error)}"

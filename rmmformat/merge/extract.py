@@ -32,8 +32,8 @@ _Triple = tuple[F32, F32, F32]
 
 DEFAULT_RANK = 16
 
-#: Shorter sides up to this are decomposed exactly: it costs less than a second.
-_EXACT_SIDE = 512
+#: Up to this, short side squared times long side, a matrix is decomposed exactly: below a second.
+_EXACT_WORK = 1 << 28
 _OVERSAMPLE = 16
 #: What the directions may still miss: this part of the squared error of the truncation.
 _TOLERANCE = 2e-4
@@ -132,8 +132,8 @@ def extract(delta: F32, criterion: Criterion, svd: Svd = "auto", seed: int = 0) 
         How many components are kept; never fewer than one, nor such as hold nothing but rounding.
     svd
         ``"exact"``: LAPACK's, all of it.  ``"random"``: subspace iteration, to which float32 and a
-        tolerance of 1e-4 of the error are the limits.  ``"auto"``: exact where the shorter side
-        is at most 512 or most components are wanted, else random.
+        tolerance of 1e-4 of the error are the limits.  ``"auto"``: exact where that takes less than
+        a second or a quarter of all components is wanted, else random.
     seed
         Of the random start.
 
@@ -165,7 +165,8 @@ def extract(delta: F32, criterion: Criterion, svd: Svd = "auto", seed: int = 0) 
         )
     goal = None if criterion.left is None else (1.0 - criterion.left) * total
     most = min(*delta.shape, criterion.most or min(delta.shape))
-    if svd == "exact" or (svd == "auto" and min(delta.shape) <= _EXACT_SIDE):
+    work = min(delta.shape) * delta.size
+    if svd == "exact" or (svd == "auto" and work <= _EXACT_WORK):
         left, s, right = _exact(delta)
     else:
         left, s, right = _random(delta, total, goal, most, svd == "auto", seed)

@@ -10,23 +10,30 @@ one task, :func:`adapter_file` lends a task as an ``.onnx_adapter`` file in memo
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rmmformat.cache import DEFAULT_BUDGET, TaskCache
-from rmmformat.collection import Collection, LoadedTask
-from rmmformat.converters.casting import FLOATS
+from rmmformat.collection import Collection, LoadedTask, StoredTask
+from rmmformat.converters.base import Options
+from rmmformat.converters.casting import FLOATS, CastTask
+from rmmformat.converters.onnx_adapter import adapter_parameters, write_adapter
 from rmmformat.converters.onnx_names import (
     METADATA_KEY,
+    PARAMETER_ROLES,
     Interface,
     parameter_input,
     parameter_names,
+    read_interface,
 )
 from rmmformat.errors import (
     LossyConversionError,
@@ -37,15 +44,23 @@ from rmmformat.errors import (
     UnsupportedError,
 )
 from rmmformat.format.reader import nearest
-from rmmformat.model import Array
+from rmmformat.model import Array, Factors
 from rmmformat.runtimes.onnx_edit import PreparedTarget, PrepareReport, prepare, prepare_model
 from rmmformat.runtimes.onnx_files import external_files, load_model
-from rmmformat.runtimes.onnx_heads import PARAMETER_ROLES
+from rmmformat.runtimes.onnx_merge import MergeReport, merge
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue, SessionOptions
 
-__all__ = ["PrepareReport", "PreparedTarget", "Session", "prepare"]
+__all__ = [
+    "MergeReport",
+    "PrepareReport",
+    "PreparedTarget",
+    "Session",
+    "adapter_file",
+    "merge",
+    "prepare",
+]
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no dtype for
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -350,6 +365,74 @@ class _Bound:
 
     def give_back(self, binding: IOBinding) -> None:
         self._free.append(binding)
+
+
+class _Reconstructed(CastTask):
+    """A task with factors as a file gives them, not rounded to the dtypes of their source."""
+
+    def factors(self, target: str) -> Factors:
+        return self._loaded[target]
+
+    @cached_property
+    def _loaded(self) -> LoadedTask:
+        assert isinstance(self.task, StoredTask)  # noqa: S101  # made below only
+        return self.task.collection.load(self.task.name, dtype=self.dtype)
+
+
+@contextlib.contextmanager
+def adapter_file(
+    collection: Collection,
+    task: str,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    names: Mapping[str, str] | None = None,
+    drop_private: bool = False,
+) -> Iterator[Path]:
+    """Lend a task as an ``.onnx_adapter`` file, for all that wants a path; nothing touches a disk.
+
+    The file is gone afterwards; an :class:`onnxruntime.LoraAdapter` that has loaded it stays good.
+    Where the system has no files in memory it is a temporary one.
+
+    Parameters
+    ----------
+    model
+        The prepared model, against which names, dtypes and shapes are checked.
+    dtype, names, drop_private
+        As for export (:class:`~rmmformat.converters.base.Options`).
+
+    Raises
+    ------
+    LossyConversionError, NotFoundError, OptionError, SourceError
+        As :class:`~rmmformat.converters.onnx_adapter.OnnxAdapterExporter`.
+
+    Examples
+    --------
+    >>> with onnx.adapter_file(collection, "sst2", "base.lora.onnx") as path:  # doctest: +SKIP
+    ...     adapter = onnxruntime.LoraAdapter()
+    ...     adapter.Load(str(path))
+    """
+    interface = None if model is None else read_interface(Path(model))
+    if model is not None and interface is None:
+        raise OptionError("the model has no inputs for factors", path=str(model))
+    options = Options(dtype=dtype, names=names or {}, drop_private=drop_private)
+    kind = FLOATS.get(dtype or (interface.dtype if interface is not None else "f32"))
+    source = collection.source(task)
+    held = source if kind is None else _Reconstructed(source, kind)
+    parameters, _ = adapter_parameters(held, interface, options)
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "task.onnx_adapter"
+            write_adapter(parameters, path)
+            yield path
+        return
+    descriptor = os.memfd_create("task.onnx_adapter")
+    try:
+        path = Path(f"/proc/self/fd/{descriptor}")
+        write_adapter(parameters, path)
+        yield path
+    finally:
+        os.close(descriptor)
 
 
 def _wrap(array: Array) -> OrtValue:

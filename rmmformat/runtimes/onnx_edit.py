@@ -155,7 +155,8 @@ def prepare_model(
     matching = match_targets(sites, wanted, names, path=path)
     if matching.unmatched and not allow_unmatched:
         raise unmatched_error(matching.unmatched, sites, path)
-    parameters, left = ({}, {}) if collection is None else find_parameters(model, collection, sites)
+    tasks = () if collection is None else map(collection.source, collection.tasks)
+    parameters, _, left = find_parameters(model, tasks, sites)
     interface = insert_inputs(model, wanted, matching.sites, parameters, dtype, path)
     prepared = {
         target: PreparedTarget(

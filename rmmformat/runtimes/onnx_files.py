@@ -123,22 +123,29 @@ def save_model(model: ModelProto, base: Path, out: Path, *, force: bool) -> None
                 with atomic_file(target, force=force) as copy:
                     shutil.copyfile(source, copy)
                 made.append(target)
-            write_checked(model, temporary)
+            write_checked(model, temporary, base)
         except BaseException:
             for target in made:
                 target.unlink(missing_ok=True)
             raise
 
 
-def write_checked(model: ModelProto, path: Path) -> None:
+def write_checked(model: ModelProto, path: Path, base: Path) -> None:
     """Serialise a model to a file beside its external data, and let onnx's own checker pass it.
+
+    Parameters
+    ----------
+    base
+        The file that it was made from, which is checked where the result is not valid.
 
     Raises
     ------
     RmmError
         It is too large for one file.
+    SourceError
+        The checker refuses the base.
     InternalError
-        The checker refuses it.
+        It refuses the result alone.
     """
     import onnx
     from google.protobuf.message import EncodeError
@@ -154,4 +161,8 @@ def write_checked(model: ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(path))
     except onnx.checker.ValidationError as error:
+        try:
+            onnx.checker.check_model(os.fspath(base))
+        except onnx.checker.ValidationError as reason:
+            raise SourceError(f"not a valid model: {reason}", path=str(base)) from reason
         raise InternalError(f"the model that was made is not valid: {error}") from error

@@ -135,7 +135,7 @@ class Weight:
     transposed
         There is an odd number of transpositions between it and the node.
     plain
-        There are only transpositions in between: the values are the weight's.
+        Its values are the weight's, and not what a weight was quantised to.
     dtype
         Element type that the node sees (``onnx.TensorProto.DataType``).
     """
@@ -245,7 +245,7 @@ def _weight(scope: Scope, name: str) -> Weight | None:
                 return None
             transposed = not transposed
         elif node.op_type == "Cast":
-            plain, dtype = False, dtype or _int(node, "to", 0)
+            dtype = dtype or _int(node, "to", 0)
         elif node.op_type == "DequantizeLinear":
             scale = scope.tensor(node.input[1])
             plain, dtype = False, dtype or (scale.data_type if scale is not None else _FLOAT)

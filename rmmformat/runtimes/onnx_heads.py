@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rmmformat.collection import Collection
-from rmmformat.converters.onnx_names import Replaceable, best_matches, parameter_input
-from rmmformat.model import Role
+import numpy as np
+
+from rmmformat.converters.onnx_names import (
+    PARAMETER_ROLES,
+    Replaceable,
+    best_matches,
+    parameter_input,
+)
+from rmmformat.model import Array, SourceTask
 from rmmformat.runtimes.onnx_graph import FLOAT_TYPES, Scope, Site, scopes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["PARAMETER_ROLES", "find_parameters", "open_parameters"]
+__all__ = ["find_parameters", "open_parameters", "replace_parameter"]
 
-#: Roles of private tensors that are a parameter of the model, changed as a whole.
-PARAMETER_ROLES = (Role.MODULE, Role.BIAS)
 #: Operators whose outputs have the dtype of the parameter.
 _OPERATORS = frozenset(
     {"Gemm", "MatMul", "Add", "Mul", "Gather", "Conv", "LayerNormalization",
@@ -33,14 +37,16 @@ _CODES = {name: code for code, name in FLOAT_TYPES.items()}
 
 
 def find_parameters(
-    model: ModelProto, collection: Collection, sites: list[Site]
-) -> tuple[dict[str, Replaceable], dict[str, str]]:
-    """Find the initialisers that the tasks of a collection replace.
+    model: ModelProto, tasks: Iterable[SourceTask], sites: list[Site]
+) -> tuple[dict[str, Replaceable], dict[str, str], dict[str, str]]:
+    """Find the initialisers that tasks replace.
 
     Returns
     -------
     parameters
         By the name of the initialiser.
+    places
+        Private tensor to the name of its initialiser.
     left
         The private tensors that the graph cannot take, and why.
     """
@@ -50,9 +56,10 @@ def find_parameters(
         site.weight.name for site in sites if site.in_first and site.node.op_type != "Gather"
     }
     found: dict[str, Replaceable] = {}
+    places: dict[str, str] = {}
     left: dict[str, str] = {}
-    for task in collection.tasks:
-        for name, info in collection.source(task).privates.items():
+    for task in tasks:
+        for name, info in task.privates.items():
             if info.role not in PARAMETER_ROLES:
                 left[name] = f"a {info.role.name.lower()} has no place in the graph"
                 continue
@@ -68,6 +75,7 @@ def find_parameters(
             if reason:
                 left[name] = f"initialiser {tensor.name!r} {reason}"
                 continue
+            places[name] = tensor.name
             shape = tuple(tensor.dims)
             if tensor.name in found:
                 shape = (shape[0], *(side or 0 for side in found[tensor.name].shape[1:]))
@@ -76,7 +84,7 @@ def find_parameters(
             found[tensor.name] = Replaceable(
                 (None, *(a if a == b else None for a, b in sides)), FLOAT_TYPES[tensor.data_type]
             )
-    return found, left
+    return found, places, left
 
 
 def _reason(
@@ -98,6 +106,24 @@ def _reason(
         if isinstance(node, str) or node.op_type not in _OPERATORS:
             return f"is used by {node if isinstance(node, str) else node.op_type}"
     return "" if readers else "is not used"
+
+
+def replace_parameter(model: ModelProto, name: str, values: Array) -> None:
+    """Put values in the place of an initialiser, in its dtype and in any shape, in place."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == name)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if tuple(tensor.dims) != values.shape:
+        _forget_shapes(graph, {name})
+    tensor.CopyFrom(numpy_helper.from_array(np.array(values, dtype, order="C"), name))
+    for value in graph.input:  # before IR version 4 every initialiser is one
+        if value.name == name:
+            value.CopyFrom(helper.make_tensor_value_info(name, tensor.data_type, values.shape))
+    for node in graph.node:
+        if _lacks(node, name.removesuffix(".bias") + ".weight") and name.endswith(".bias"):
+            node.input[:] = [*node.input[:2], name]
 
 
 def _implied_bias(model: ModelProto, name: str, shape: tuple[int, ...]) -> TensorProto | None:

@@ -105,6 +105,7 @@ def insert_inputs(
         },
         dict(sorted(parameters.items())),
     )
+    _close_inputs(model)
     ranks = _ranks(model)
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     taken |= {value.name for value in model.graph.input}
@@ -126,6 +127,21 @@ def insert_inputs(
     item = model.metadata_props.add()
     item.key, item.value = METADATA_KEY, interface.to_json()
     return interface
+
+
+def _close_inputs(model: ModelProto) -> None:
+    """Take a model to IR version 4, the first in which an input can have a default.
+
+    Before it every initialiser is listed as an input, and is a constant nevertheless.
+    """
+    if model.ir_version >= 4:
+        return
+    model.ir_version = 4
+    constant = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in model.graph.input if value.name not in constant]
+    copies = [type(value).FromString(value.SerializeToString()) for value in kept]
+    del model.graph.input[:]
+    model.graph.input.extend(copies)
 
 
 def _common_dtype(sites: Mapping[str, Sequence[Site]]) -> str:

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rmmformat as rmm
 from rmmformat.collection import Collection, StoredTask
+from rmmformat.converters.base import Options
 from rmmformat.converters.casting import CastTask
 from rmmformat.converters.registry import get_exporter
 from rmmformat.errors import NotFoundError
@@ -337,3 +338,52 @@ def test_threads_running_different_tasks_get_their_own_answers(
         thread.join()
     assert not wrong
     assert session.cache.stats.n_bytes <= 3 * n_bytes
+
+
+@pytest.fixture(scope="module")
+def prepared(base: Path, exact: Collection, tmp_path_factory: Any) -> Path:
+    path = tmp_path_factory.mktemp("prepared") / "prepared.onnx"
+    runtime.prepare(base, path, collection=exact)
+    return Path(path)
+
+
+def with_adapter(
+    session: onnxruntime.InferenceSession, path: Path, feeds: dict[str, np.ndarray]
+) -> np.ndarray:
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(path))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    result: np.ndarray = session.run(None, feeds, options)[0]
+    return result
+
+
+def test_adapter_files_through_the_runtime_s_own_loader(
+    prepared: Path, exact: Collection, tmp_path: Path, feeds: dict[str, np.ndarray],
+    session: runtime.Session,
+) -> None:  # fmt: skip
+    bare = plain(prepared)
+    for task in ("bbc", "spam", "brands"):
+        want = session.run(task, feeds)[0].tobytes()
+        out = tmp_path / f"{task}.onnx_adapter"
+        options = Options(base=prepared)
+        ledger = get_exporter("onnx").export(exact.source(task), out, options=options)
+        assert {line.item for line in ledger} >= {"tensor classifier.weight"}
+        assert with_adapter(bare, out, feeds).tobytes() == want
+        # In memory, and without a look at the model.
+        with runtime.adapter_file(exact, task) as path:
+            assert with_adapter(bare, path, feeds).tobytes() == want
+        assert not path.exists()
+    assert bare.run(None, feeds)[0].tobytes() == session.run(None, feeds)[0].tobytes()
+
+
+def test_a_merged_model_says_what_the_task_says(
+    base: Path, exact: Collection, tmp_path: Path, feeds: dict[str, np.ndarray],
+    originals: dict[str, np.ndarray],
+) -> None:  # fmt: skip
+    for task in ("bbc", "yelp"):
+        report = runtime.merge(base, exact, task, tmp_path / f"{task}.onnx")
+        assert len(report.weights) == 12
+        assert set(report.parameters) == {"classifier.weight", "classifier.bias"}
+        got = plain(tmp_path / f"{task}.onnx").run(None, feeds)[0]
+        assert np.abs(got - originals[task]).max() < 1e-4
