@@ -3,7 +3,7 @@
 Layout
 ------
 The names are those of a prepared graph's inputs (:mod:`rmmformat.converters.onnx_names`):
-``TARGET.lora_A`` (rank, n_in), ``TARGET.lora_B`` (n_out, rank) and ``TARGET.lora_scale`` (), and
+``TARGET.lora_A`` (rank, n_in), ``TARGET.lora_B`` (n_out, rank) and ``TARGET.lora_scale`` (1,), and
 ``NAME.task`` for a parameter that the task replaces, such as a head.
 
 ONNX Runtime looks at names, dtypes and shapes only when a model runs, and never at the versions in
@@ -105,7 +105,7 @@ def adapter_parameters(
         factors = task.factors(target)
         for key, array, part in zip(
             parameter_names(name),
-            (factors.A, factors.B, np.array(factors.scale)),
+            (factors.A, factors.B, np.array([factors.scale])),
             ("factor A", "factor B", "scale"),
             strict=True,
         ):

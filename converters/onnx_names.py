@@ -4,7 +4,7 @@ A prepared graph takes, for every target, the factors and the scale of a task as
 
     TARGET.lora_A       (rank, n_in)
     TARGET.lora_B       (n_out, rank)
-    TARGET.lora_scale   ()            a scalar, not folded into a factor
+    TARGET.lora_scale   (1,)          not folded into a factor; LoraAdapter refuses scalars
 
 Each has a default (rank 0, scale 1), so that a graph that is given none says what its base says.
 Beside parameters that tasks replace as a whole (heads) there are inputs ``NAME.task``, empty by
@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from rmmformat.errors import SourceError
-from rmmformat.model import TargetKind
+from rmmformat.model import Role, TargetKind
 
 __all__ = [
     "METADATA_KEY",
+    "PARAMETER_ROLES",
     "Interface",
     "Replaceable",
     "Slot",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 METADATA_KEY = "rmmformat.lora"
+#: Roles of private tensors that are a parameter of the model, changed as a whole.
+PARAMETER_ROLES = (Role.MODULE, Role.BIAS)
 _VERSION = 1
 
 

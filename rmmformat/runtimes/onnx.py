@@ -301,7 +301,7 @@ class Session:
                     f"{sides[1]} outputs, the model has {slot.n_in} and {slot.n_out} there",
                     hint="Is this the base model of the collection?",
                 )
-            scale = np.array(factors.scale, factors.A.dtype)
+            scale = np.array([factors.scale], factors.A.dtype)
             arrays = (factors.A, factors.B, scale)
             wanted = parameter_names(name)
             if wanted[0] in values:

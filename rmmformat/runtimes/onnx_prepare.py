@@ -164,8 +164,8 @@ def _add_inputs(graph: GraphProto, target: str, slot: Slot, dtype: int) -> None:
 
     a, b, scale = parameter_names(target)
     rank = f"{target}.rank"
-    shapes: dict[str, list[str | int]] = {a: [rank, slot.n_in], b: [slot.n_out, rank], scale: []}
-    defaults = {a: (0, slot.n_in), b: (slot.n_out, 0), scale: ()}
+    shapes: dict[str, list[str | int]] = {a: [rank, slot.n_in], b: [slot.n_out, rank], scale: [1]}
+    defaults = {a: (0, slot.n_in), b: (slot.n_out, 0), scale: (1,)}
     one = {1: b"\0\0\x80\x3f", 10: b"\0\x3c", 16: b"\x80\x3f"}[dtype]
     for name, shape in shapes.items():
         graph.input.append(helper.make_tensor_value_info(name, dtype, shape))
