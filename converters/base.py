@@ -52,13 +52,13 @@ Foreign libraries are imported inside functions.  A new format is one new module
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rmmformat.model import LedgerLine, SourceTask
 
-__all__ = ["DEFAULTS", "Exporter", "Importer", "Options", "Prepared"]
+__all__ = ["DEFAULTS", "Exporter", "Importer", "Joint", "Options", "Prepared"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,10 @@ class Options:
         error.  By default 16.
     svd
         How: ``"exact"``, ``"random"``, or ``"auto"``, which chooses by size.
+    write_base
+        Folder for a base that is estimated (LoRE).
+    mu, steps, weight
+        Of LoRE: the threshold on singular values, the most rounds, and what deltas are scaled by.
     """
 
     allow_pickle: bool = False
@@ -100,6 +104,10 @@ class Options:
     energy: float | None = None
     extract_error: float | None = None
     svd: str = "auto"
+    write_base: Path | None = None
+    mu: float = 0.01
+    steps: int = 20
+    weight: float = 1.0
 
 
 DEFAULTS = Options()
@@ -125,6 +133,16 @@ class Prepared(Protocol):
         SourceError, UnsupportedError, RmmError
             As ``open``.
         """
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """An importer whose sources are read together; also an :class:`Importer`."""
+
+    def open_together(
+        self, sources: Iterable[tuple[str | None, Path]], *, options: Options = DEFAULTS
+    ) -> list[SourceTask]:
+        """Open (name, path) pairs as one collection; raises as ``open`` does."""
 
 
 class Importer(Protocol):

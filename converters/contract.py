@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Sample:
         What is needed to open the path that ``build`` returned.
     detected
         Whether the format is found without being named.
+    several
+        Where the source holds several tasks, the one that is judged.
     by_name
         Whether detection goes by a file's name or first word alone, so that noise with it counts.
     flaws
@@ -108,6 +110,7 @@ class Sample:
     items: frozenset[str]
     options: Callable[[Path], Options] = lambda _path: DEFAULTS
     detected: bool = True
+    several: str = ""
     by_name: bool = False
     flaws: frozenset[Flaw] = frozenset(Flaw)
     tolerance: float = 1e-6
@@ -115,9 +118,14 @@ class Sample:
     def open(
         self, importer: Importer, path: Path, *, name: str | None = None, **changes: Any
     ) -> SourceTask:
-        """Open the one task of the source; ``changes`` are fields of :class:`Options`."""
+        """Open the task that is judged; ``changes`` are fields of :class:`Options`."""
         options = dataclasses.replace(self.options(path), **changes)
-        tasks = importer.open(path, name=name, options=options)
+        return self.choose(importer.open(path, name=name, options=options))
+
+    def choose(self, tasks: Sequence[SourceTask]) -> SourceTask:
+        """Give the one that is judged of the tasks of the source."""
+        if self.several:
+            tasks = [task for task in tasks if task.name == self.several]
         require(len(tasks) == 1, f"{self.name}: expected one task, got {len(tasks)}")
         return tasks[0]
 
