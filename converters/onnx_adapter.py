@@ -27,7 +27,13 @@ from rmmformat.converters.onnx_names import (
     parameter_names,
     read_interface,
 )
-from rmmformat.errors import LossyConversionError, NotFoundError, OptionError, SourceError
+from rmmformat.errors import (
+    LossyConversionError,
+    NotFoundError,
+    OptionError,
+    RmmError,
+    SourceError,
+)
 from rmmformat.format.reader import nearest
 from rmmformat.model import Action, Array, LedgerLine, SourceTask
 
@@ -175,7 +181,13 @@ def _check_sides(
 
 
 def write_adapter(parameters: dict[str, Array], path: Path) -> None:
-    """Write parameters with ONNX Runtime's own writer, in the order of their names."""
+    """Write parameters with ONNX Runtime's own writer, in the order of their names.
+
+    Raises
+    ------
+    RmmError
+        The file cannot be written.
+    """
     from onnxruntime import AdapterFormat, OrtValue
 
     values = {}
@@ -190,4 +202,7 @@ def write_adapter(parameters: dict[str, Array], path: Path) -> None:
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters(values)
-    adapter.export_adapter(str(path))
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:  # it says no more than that
+        raise RmmError("cannot write: ONNX Runtime failed to", path=str(path)) from error

@@ -20,7 +20,6 @@ from rmmformat.converters.contract_import import IMPORT_CHECKS
 from rmmformat.errors import RmmError
 
 SAMPLES = Path(__file__).parent / "samples"
-LANDING = {"onnx"}  # their samples come with them
 
 
 @functools.cache
@@ -75,8 +74,6 @@ def open_task(case, folder):
 
 @pytest.mark.parametrize("row", formats(), ids=lambda row: row.name)
 def test_every_format_has_samples(row):
-    if row.name in LANDING and not (SAMPLES / f"{row.name}.py").is_file():
-        pytest.skip("is being added")
     assert row.available, row.install
     provider = provider_of(row.name)
     assert bool(provider.samples) == bool(row.importer), "samples are for importers"
