@@ -77,6 +77,7 @@ def delta(f: Factors) -> np.ndarray:
 
 def collection_of(folder: Path, *tasks: Task) -> Collection:
     path = folder / "tasks.rmm"
+    path.unlink(missing_ok=True)
     convert(list(tasks), path, choose_method(exact=True))  # type: ignore[arg-type]
     return open_collection(path, copy=True)
 

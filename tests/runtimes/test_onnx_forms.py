@@ -90,3 +90,15 @@ def test_merging_gives_the_weight_that_the_module_would_have(form: Form, tmp_pat
     got, want = run(out, feeds), run(form.build(W + delta(f)), feeds)
     assert np.abs(got.astype(np.float64) - want).max() < form.tolerance
     assert np.abs(got.astype(np.float64) - run(base, feeds)).max() > 0.1
+
+
+def test_values_that_adding_nothing_would_change_stay_as_they_are(tmp_path: Path) -> None:
+    """Minus zero plus zero is plus zero; infinities, NaN and subnormal numbers beside it."""
+    table = W.copy()
+    table[:, :5] = [-0.0, np.inf, -np.inf, np.nan, 1e-42]
+    base = tmp_path / "base.onnx"
+    onnx.save(FORMS["embedding"].build(table), base)
+    runtime.prepare(base, tmp_path / "prepared.onnx", targets=["layer.fc"])
+    feeds = {"x": np.array([[0, 31, -1, -32]])}
+    got = run(tmp_path / "prepared.onnx", feeds)
+    assert got.tobytes() == run(base, feeds).tobytes() == table[feeds["x"]].tobytes()
