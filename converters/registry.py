@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterable
@@ -168,8 +169,16 @@ def formats() -> tuple[Format, ...]:
     reason as its description, so that one broken package does not hide the others.
     """
     rows = {row.name: row for row in BUILT_IN}
-    for point in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
-        if point.name in rows:
+    for row in _plug_ins(metadata.entry_points):
+        rows.setdefault(row.name, row)
+    return tuple(rows.values())
+
+
+@functools.cache  # finding them reads the metadata of every installed package
+def _plug_ins(find: Any) -> tuple[Format, ...]:
+    found = []
+    for point in sorted(find(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
+        if any(row.name == point.name for row in BUILT_IN):
             continue
         try:
             row = point.load()
@@ -177,8 +186,8 @@ def formats() -> tuple[Format, ...]:
                 raise TypeError(f"expected a Format, got {type(row).__name__}")
         except Exception as error:  # a plug-in may fail in any way
             row = Format(point.name, f"plug-in {point.value} does not load: {error}")
-        rows[point.name] = row
-    return tuple(rows.values())
+        found.append(dataclasses.replace(row, name=point.name))
+    return tuple(found)
 
 
 def get(name: str) -> Format:
