@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from rmmformat.merge.error import summarize
 from rmmformat.model import Factors, LedgerLine, SourceTask
 from rmmformat.provenance import described_anew
 from rmmformat.remote import is_url, shown
-from rmmformat.workers import worker_errors
+from rmmformat.workers import finished, worker_errors
 
 __all__ = [
     "CollectionTargets",
@@ -378,7 +378,7 @@ def _map_targets(
                 with worker_errors():
                     future = executor.submit(with_one_thread, function_of(following), factors)
                 running[future] = following
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in finished(executor, running):
                 with worker_errors():
                     result = future.result()
                 yield running.pop(future), result

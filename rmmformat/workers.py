@@ -9,20 +9,31 @@ of the targets, so the file does not depend on who computed what, nor on how man
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from typing import Any, TypeVar
 
 from rmmformat._version import __version__
 from rmmformat.errors import OptionError, RemoteError, RmmError, UnsupportedError
 
-__all__ = ["ClusterExecutor", "worker_errors", "worker_pool"]
+__all__ = ["ClusterExecutor", "finished", "worker_errors", "worker_pool"]
 
 T = TypeVar("T")
 
 #: Seconds to wait for a scheduler, and for its first worker.
 _PATIENCE = 30.0
+#: Seconds between looks at whether anybody is still working.
+_LOOK = 2.0
 
 
 @contextlib.contextmanager
@@ -91,7 +102,7 @@ def _cluster(address: str, patience: float) -> Iterator[Executor]:
                 "the scheduler has no workers", path=address, hint="Start one: dask worker ADDRESS."
             ) from error
         _check_versions(client, address)
-        executor = ClusterExecutor(client)
+        executor = ClusterExecutor(client, address, patience)
         try:
             yield executor
         finally:
@@ -121,8 +132,9 @@ class ClusterExecutor(Executor):
     when one is lost.
     """
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, address: str, patience: float = _PATIENCE) -> None:
+        self._client, self._address, self._patience = client, address, patience
+        self._alone_since: float | None = None
         # Equal calls are made but once where Dask takes them for pure; finding that out costs a
         # digest of all factors, and no two targets are equal.
         self._inner = client.get_executor(pure=False)
@@ -132,6 +144,28 @@ class ClusterExecutor(Executor):
         """Threads of all workers as of now, for whoever keeps them busy."""
         n_threads: int = sum(self._client.nthreads().values())
         return max(1, n_threads)
+
+    def check(self) -> None:
+        """Say so if nobody works any more; whoever waits for results asks now and then.
+
+        Raises
+        ------
+        RemoteError
+            The scheduler is gone, or has had no workers for the time that one waits for the first.
+        """
+        if self._client.status != "running":
+            raise RemoteError("the connection to the scheduler was lost", path=self._address)
+        now = time.monotonic()
+        if self._client.nthreads():
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+        elif now - self._alone_since > self._patience:
+            raise RemoteError(
+                "the scheduler has no workers left",
+                path=self._address,
+                hint="Most often memory ran out on them.",
+            )
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Send a call to the cluster."""
@@ -143,6 +177,22 @@ class ClusterExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; cancel those that have not run."""
         self._inner.shutdown(wait=wait and not cancel_futures)
+
+
+def finished(executor: Executor, running: Collection[Future[T]]) -> set[Future[T]]:
+    """Wait until some of the calls under way are done, and give those.
+
+    Raises
+    ------
+    RemoteError
+        Nobody is left to do them.
+    """
+    while True:
+        done = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED).done
+        if done:
+            return done
+        if isinstance(executor, ClusterExecutor):
+            executor.check()
 
 
 @contextlib.contextmanager
