@@ -504,6 +504,9 @@ def deltas_in(fmt, out):
             a = file.get_tensor("lora_unet_x.lora_down.weight").astype(np.float64)
             b = file.get_tensor("lora_unet_x.lora_up.weight").astype(np.float64)
             return float(file.get_tensor("lora_unet_x.alpha")) / len(a) * (b @ a)
+    if fmt == "onnx":
+        a, b, scale = onnx_parameters(out, MODULE)
+        return scale * (b @ a)
     if fmt == "peft":
         (task,) = get_importer("peft").open(out)
         factors = task.factors(MODULE)
@@ -516,6 +519,16 @@ def deltas_in(fmt, out):
             a, b = (file.get_tensor(f"{MODULE}.lora_{part}") for part in "AB")
             return scale * (b.astype(np.float64) @ a.astype(np.float64))
     return factors.scale * (factors.B.astype(np.float64) @ factors.A.astype(np.float64))
+
+
+def onnx_parameters(out, target):
+    import onnxruntime
+
+    found = onnxruntime.AdapterFormat.read_adapter(str(out)).get_parameters()
+    a, b, scale = (
+        found[f"{target}.lora_{part}"].numpy().astype(np.float64) for part in ("A", "B", "scale")
+    )
+    return a, b, float(scale[0])
 
 
 def exported(kit, task, fmt):
@@ -532,7 +545,7 @@ def exported(kit, task, fmt):
     return out
 
 
-FORMATS = ("peft", "safetensors", "gguf", "kohya")
+FORMATS = ("peft", "safetensors", "gguf", "kohya", "onnx")
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -575,8 +588,12 @@ def test_patterns_and_embeddings_in_every_format(kit):
         scales = {name: info.scale for name, info in task.targets.items()}
         assert scales == {"a.up": 0.5, "b.up": 2.0, "embed": 2.0}
         get_exporter("peft").export(task, kit.root / "out")
+        get_exporter("onnx").export(task, kit.root / "out.onnx_adapter")
     again = kit.open(kit.root / "out")
     assert {name: info.scale for name, info in again.targets.items()} == scales
+    for name in scales:
+        a, b, scale = onnx_parameters(kit.root / "out.onnx_adapter", name)
+        np.testing.assert_allclose(scale * (b @ a), kit.delta(again, name), rtol=1e-6)
     np.testing.assert_array_equal(kit.delta(again, "embed"), np.full((4, 10), 4.0))
 
 
