@@ -31,6 +31,13 @@ test: $(VENV)/.done
 test-browser: $(VENV)/.done
 	RMM_BROWSER=required $(BIN)/python -m pytest tests/product/test_page_browser.py
 
+# The native core for arm64 under emulation, bit for bit (Debian: apt-get install
+# g++-aarch64-linux-gnu qemu-user).
+test-arm64: $(VENV)/.done
+	mkdir -p build/arm64
+	$(BIN)/python tests/native/cross.py build/arm64 aarch64-linux-gnu- \
+	  qemu-aarch64 -L /usr/aarch64-linux-gnu
+
 check: lint test docs
 
 # The C examples and the program of docs/c.md under valgrind, which must be there.
