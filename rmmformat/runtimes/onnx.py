@@ -284,6 +284,7 @@ class Session:
 
     def _values(self, loaded: LoadedTask) -> dict[str, OrtValue]:
         values: dict[str, OrtValue] = {}
+        scales: dict[float, OrtValue] = {}  # most targets have the same
         for target, factors in loaded.items():
             name = self.interface.find(target, self._names)
             if name is None:
@@ -301,15 +302,16 @@ class Session:
                     f"{sides[1]} outputs, the model has {slot.n_in} and {slot.n_out} there",
                     hint="Is this the base model of the collection?",
                 )
-            scale = np.array([factors.scale], factors.A.dtype)
-            arrays = (factors.A, factors.B, scale)
+            if factors.scale not in scales:
+                scales[factors.scale] = _wrap(np.array([factors.scale], factors.A.dtype))
+            given = (_wrap(factors.A), _wrap(factors.B), scales[factors.scale])
             wanted = parameter_names(name)
             if wanted[0] in values:
                 raise SourceError(
                     f"task {loaded.name!r}: two targets are {name!r} in the model",
                     hint="Map them with names.",
                 )
-            values |= {key: _wrap(array) for key, array in zip(wanted, arrays, strict=True)}
+            values.update(zip(wanted, given, strict=True))
         return values | self._parameter_values(loaded.name)
 
     def _parameter_inputs(self, task: str) -> dict[str, str]:
@@ -439,6 +441,6 @@ def _wrap(array: Array) -> OrtValue:
     """Show an array to ONNX Runtime where it lies; the result keeps it alive."""
     from onnxruntime import OrtValue
 
-    if array.dtype.name == "bfloat16":
+    if array.dtype == FLOATS["bf16"]:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
     return OrtValue.ortvalue_from_numpy(array)
