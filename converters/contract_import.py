@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -339,16 +340,8 @@ def check_exact_file_gives_the_task_back(importer: Importer, sample: Sample, fol
     """An exact ``.rmm`` file holds every bit, scale, shape, private tensor and config text."""
     import rmmformat
 
-    path = _build(sample, folder)
-    task = sample.open(importer, path)
-    options = sample.options(path)
-    rmmformat.convert(
-        [path] if sample.several else {task.name: path},
-        folder / "exact.rmm",
-        exact=True,
-        kind=importer.name,
-        options=options,
-    )
+    task: Any = sample.open(importer, _build(sample, folder))
+    rmmformat.convert([task], folder / "exact.rmm", exact=True)
     report = rmmformat.validate(folder / "exact.rmm")
     require(report.ok, f"the file breaks rules: {report.violations}")
     with rmmformat.open(folder / "exact.rmm") as collection:
