@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo dist docs test test-browser test-llamacpp check memcheck lint bench-tasks fuzz fuzz-importers vectors clean
+.PHONY: demo dist docs test test-browser test-llamacpp check memcheck lint bench-tasks bench-switch fuzz fuzz-importers vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -150,6 +150,17 @@ $(TASKS_VENV)/.done: benchmarks/tasks/requirements.txt $(NATIVE)
 	$(TASKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -r benchmarks/tasks/requirements.txt -e .
 	touch $@
+
+# -- changing the task of a runtime ---------------------------------------------------------------
+# PEFT, ONNX Runtime and llama.cpp, from .rmm and in their own ways; the environment is that of
+# test-llamacpp, which builds llama.cpp.
+
+SWITCH_OPTIONS ?=
+
+bench-switch: $(LLAMACPP_VENV)/.done
+	$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "onnx>=1.17" "onnxruntime>=1.20"
+	HF_HUB_OFFLINE=1 $(LLAMACPP_VENV)/bin/python benchmarks/switch.py $(SWITCH_OPTIONS)
 
 # -- fuzzing (clang with libFuzzer) ---------------------------------------------------------------
 

@@ -69,22 +69,22 @@ class Group:
         print(f"\n{self.title}")
         print(f"  {'':44}{'median ms':>10}{'fastest':>9}", end="")
         for rival in self.rivals:
-            print(f"{'x ' + rival.split(':')[0]:>24}", end="")
+            print(f"  {rival} takes", end="")
         print()
         for name, median in medians.items():
             print(f"  {name:44}{median:10.2f}{1e3 * min(self.times[name]):9.2f}", end="")
             for rival in self.rivals:
-                print(f"{medians[rival] / median:24.1f}", end="")
+                print(f"{medians[rival] / median:{len(rival) + 7}.1f}x", end="")
             print()
-        ours = "rmm exact, from file"
         reached = {}
         for rival, goal in self.rivals.items():
-            reached[rival] = medians[rival] / medians[ours]
-            word = "reached" if reached[rival] >= goal else "MISSED"
-            print(
-                f"  goal: {ours} at least {goal:g} times as fast as {rival}: "
-                f"{reached[rival]:.1f}, {word}"
-            )
+            for ours in ("rmm exact, from file", "rmm, kept"):
+                ratio = medians[rival] / medians[ours]
+                reached[f"{ours} / {rival}"] = ratio
+                print(
+                    f"  goal: {ours}, at least {goal:g} times as fast as {rival}: "
+                    f"{ratio:.1f}, {'reached' if ratio >= goal else 'missed'}"
+                )
         return {"title": self.title, "median_ms": medians, "reached": reached}
 
 
@@ -167,7 +167,10 @@ def onnx_group(root: Path, collections: dict[str, rmm.Collection], threads: int)
     group.contenders["rmm, kept"] = lambda task: kept.run(task, feeds)
     group.contenders["no switch: the base model"] = lambda _: kept.run(None, feeds)
 
-    paths = models.write_onnx_adapters(root, collections["exact"])
+    paths = {}
+    for task in collections["exact"].tasks:
+        with onnx.adapter_file(collections["exact"], task, root / "prepared.onnx") as path:
+            paths[task] = shutil.copy(path, root / f"{task}.onnx_adapter")
     session = ort.InferenceSession(
         str(root / "prepared.onnx"), options, providers=["CPUExecutionProvider"]
     )
@@ -205,6 +208,8 @@ def llama_group(root: Path, collections: dict[str, rmm.Collection], threads: int
             for task in collection.tasks:
                 with adapters.file(task) as path:
                     shutil.copy(path, root / f"{task}.gguf")
+    keeping = runtime.Adapters(collections["exact"], base, keep=len(collections["exact"].tasks))
+    group.contenders["rmm, kept"] = runtime.Switch(llama(), keeping).to
     theirs = llama()
     state: dict[str, Any] = {"handle": None}
 

@@ -85,28 +85,6 @@ def write_onnx(path: Path) -> Path:
     return path
 
 
-def write_onnx_adapters(folder: Path, collection: Any) -> dict[str, Path]:
-    """Every task as ONNX Runtime's own adapter file, for a model that prepare() made."""
-    from onnxruntime import AdapterFormat, OrtValue
-
-    from rmmformat.converters.onnx_names import parameter_names
-
-    paths = {}
-    for task in collection.tasks:
-        values = {}
-        for target, factors in collection.load(task).items():
-            arrays = (factors.A, factors.B, np.array(factors.scale, np.float32))
-            for name, array in zip(parameter_names(target), arrays, strict=True):
-                values[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-        adapter = AdapterFormat()
-        adapter.set_adapter_version(1)
-        adapter.set_model_version(1)
-        adapter.set_parameters(values)
-        paths[task] = folder / f"{task}.onnx_adapter"
-        adapter.export_adapter(str(paths[task]))
-    return paths
-
-
 def write_gguf(path: Path) -> Path:
     """A llama of these sizes as llama.cpp wants it, with random weights and no vocabulary."""
     import gguf
