@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rmmformat.errors import RmmError, SourceError
-from rmmformat.format.disk import DISK
+from rmmformat.format.disk import DISK, refuse_device
 from rmmformat.model import SourceFile
 
 __all__ = [
@@ -150,12 +150,14 @@ def atomic_file(out: Path, *, force: bool) -> Iterator[Path]:
     Raises
     ------
     RmmError
-        ``out`` exists and ``force`` is not set, ``out`` is a folder, or it cannot be written.
+        ``out`` exists and ``force`` is not set, it is a folder, a device, a pipe or a socket, or it
+        cannot be written.
     """
     if out.is_dir():
         raise RmmError("is a folder", path=str(out), hint="Name a file.")
     if os.path.lexists(out) and not force:
         raise RmmError("exists already", path=str(out), hint="Choose another name or force.")
+    refuse_device(out)
     temporary = _sibling(out, "tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

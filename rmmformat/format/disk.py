@@ -12,7 +12,9 @@ import stat
 import sys
 from pathlib import Path
 
-__all__ = ["DISK", "Appender", "Disk"]
+from rmmformat.errors import RmmError
+
+__all__ = ["DISK", "Appender", "Disk", "refuse_device"]
 
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -73,6 +75,20 @@ class Disk:
 
 
 DISK = Disk()
+
+
+def refuse_device(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket, which would be lost.
+
+    Raises
+    ------
+    RmmError
+        Such a thing is there.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+            raise RmmError("is not a regular file", path=str(path), hint="Name a file.")
 
 
 class Appender:

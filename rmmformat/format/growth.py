@@ -110,8 +110,10 @@ class Growth(Assembly):
 
     def close(self) -> None:
         """Let the file go, without a change if :meth:`finish` has not been called."""
-        super().close()
-        self._file.close()
+        try:
+            super().close()
+        finally:
+            self._file.close()
 
     @property
     def names(self) -> tuple[str, ...]:

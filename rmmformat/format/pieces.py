@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
@@ -82,7 +83,9 @@ class Spool:
 
     def close(self) -> None:
         """Give the space back."""
-        self._file.close()
+        # Closing writes what is buffered, which nobody will read: on a full disk it fails.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rmmformat._native import crc32c
 from rmmformat.errors import LossyConversionError, RmmError
 from rmmformat.format import layout
 from rmmformat.format.assembly import Assembly
-from rmmformat.format.disk import DISK, Appender, Disk
+from rmmformat.format.disk import DISK, Appender, Disk, refuse_device
 from rmmformat.format.lock import LockedFile
 from rmmformat.format.parts import EncodedArray, EntryData, FramePart, check_name
 from rmmformat.format.pieces import Plan
@@ -112,6 +112,8 @@ class Writer(Assembly):
     ------
     LossyConversionError
         The file exists and `overwrite` is false.
+    RmmError
+        A folder, a device, a pipe or a socket is there, or the folder does not exist.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Writer(Assembly):
         self._disk = disk
         if self.path.is_dir():
             raise RmmError("is a folder, not a file", path=str(path), hint="Name a file.")
+        refuse_device(self.path)
         if not self.path.parent.is_dir():
             raise RmmError(
                 f"folder {self.path.parent} does not exist", path=str(path), hint="Create it first."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import resource
 import shutil
@@ -305,3 +306,17 @@ def test_a_file_taken_for_a_stale_one_before_it_is_locked_is_made_again(tmp_path
     assert disk.n == 3
     assert leftovers(tmp_path) == []
     content(path)
+
+
+def test_a_temporary_file_that_cannot_be_closed_keeps_no_lock(tmp_path: Path) -> None:
+    """On a full disk closing fails, since it writes what is buffered."""
+    path = tmp_path / "x.rmm"
+    first_file(path)
+
+    class Full(io.BytesIO):
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Growth(path) as growth:
+        growth._spool._file = Full()
+    Growth(path, wait=0).close()
