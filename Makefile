@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo dist docs test test-browser test-llamacpp check memcheck lint bench-tasks bench-switch fuzz fuzz-importers vectors clean
+.PHONY: demo dist docs test test-browser test-llamacpp check trust memcheck lint bench-tasks bench-switch fuzz fuzz-importers vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -39,6 +39,14 @@ test-arm64: $(VENV)/.done
 	  qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 check: lint test docs
+
+# The long part (docs/reliability.md): kills, power failures, every flipped bit, full disks, threads,
+# sanitizers; then SECONDS of fuzzing for each target.  Each part prints a line with its count.
+trust: $(VENV)/.done
+	RMM_TRUST=1 RMM_KILLS=1000 RMM_POWER_SUBSETS=3000 RMM_TSAN=1 RMM_TOGETHER_ROUNDS=50 \
+	  HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/trust tests/growth tests/conformance \
+	  tests/fuzz tests/native/test_c.py tests/native/test_together.py
+	$(MAKE) fuzz fuzz-importers
 
 # The C examples and the program of docs/c.md under valgrind, which must be there.
 memcheck: $(VENV)/.done
