@@ -47,7 +47,7 @@ def command(file: str, tasks: tuple[str, ...], dtype: str, threads: int, as_json
     \b
     Example:
       rmm bench skills.rmm
-      rmm bench skills.rmm --task 'sst2*' --dtype f16
+      rmm bench skills.rmm --task 'imdb*' --dtype f16
     """
     with progress_bar(quiet=as_json) as progress:
         report = bench(file, tasks=tasks, dtype=dtype, threads=threads, progress=progress)

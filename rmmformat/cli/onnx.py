@@ -30,8 +30,8 @@ def command() -> None:
     \b
     Example:
       rmm onnx prepare base.onnx --collection skills.rmm -o base.lora.onnx
-      rmm export skills.rmm sst2 --to onnx --base base.lora.onnx -o sst2.onnx_adapter
-      rmm onnx merge base.onnx skills.rmm sst2 -o sst2.onnx
+      rmm export skills.rmm imdb --to onnx --base base.lora.onnx -o imdb.onnx_adapter
+      rmm onnx merge base.onnx skills.rmm imdb -o imdb.onnx
     """
 
 
@@ -119,7 +119,7 @@ def merge(
 
     \b
     Example:
-      rmm onnx merge base.onnx skills.rmm sst2 -o sst2.onnx
+      rmm onnx merge base.onnx skills.rmm imdb -o imdb.onnx
     """
     from rmmformat.runtimes import onnx
 
