@@ -79,3 +79,9 @@ def two_workers(cluster: Cluster) -> Cluster:
     cluster.add_worker()
     cluster.wait(lambda: cluster.n_workers() == 2)
     return cluster
+
+
+@pytest.fixture
+def adapters(demo_adapters: Path) -> list[Path]:
+    """Three real adapters: twelve targets."""
+    return [demo_adapters / name for name in ("bbc", "imdb", "spam")]
