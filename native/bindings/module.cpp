@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "principal.hpp"
 #include "rmm/rmm.h"
 #include "trellis.hpp"
 
@@ -413,6 +414,7 @@ PYBIND11_MODULE(_native, module) {
              "Compare the checksums of all payload that a task uses.")
         .def("validate", &File::validate, "Check every rule over every byte of the version that was opened.");
 
+    add_principal(module);
     add_trellis(module);
     module.def("validate_bytes", &validate_bytes, py::arg("data"), "Check every rule over every byte.");
     module.def("crc32c", &crc32c, py::arg("data"), py::arg("crc") = 0,

@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from rmmformat import _native
 from rmmformat.errors import NonFiniteError, ShapeError
 
 __all__ = [
@@ -160,14 +161,15 @@ def merge(
     Notes
     -----
     Cost: for each group the Gram matrix of its points or of its values, whichever is smaller, and
-    its eigen-decomposition.  Memory beyond input and output: a few float64 copies of a block of
-    groups (2 million values) or of one group, whichever is larger.
+    its eigen-decomposition: natively, several at once, where it has up to 64 rows and a group up to
+    16,384 values (so always by position, unless tasks are very many), else by LAPACK.  Memory
+    beyond input and output: a few float64 copies of a block of groups (2 million values) or of
+    one group, whichever is larger; natively one copy of the input.
 
     Directions are orthonormal to float32 rounding, sorted by falling energy, with the entry of
-    largest magnitude positive.  Blocks are of a fixed size and run in a fixed order, so the result
-    is a function of the input for one machine, numpy and BLAS.  The small matrices of grouping by
-    position never meet BLAS threads; with large groups or many tasks the number of BLAS threads
-    can show in the last bits.
+    largest magnitude positive.  Small groups come out with the same bits on every machine and any
+    number of threads; for large ones the result is a function of the input for one machine,
+    numpy, BLAS and its threads.
 
     Source: arXiv 2510.14163 (RMM): the mean, ``V`` from the SVD of the centred points and
     ``c_i = V^T (x_i - mean)``.
@@ -179,6 +181,8 @@ def merge(
     n, r, length = factors.shape
     rows = grouping == "row"
     group = _group_length(grouping, length)
+    if not rows and _native.principal_possible(n, r * group):
+        return _merge_small(factors, components, group, center)
     mean32 = np.empty((r, length), np.float32)
     basis = np.zeros((components, 1 if rows else r, length), np.float32)
     coefs = np.zeros((n, components, r if rows else 1, -(-length // group)), np.float32)
@@ -212,6 +216,15 @@ def merge(
     if not np.isfinite(coefs).all():
         raise NonFiniteError("factors hold values beyond float32")
     return Shared(mean32 if center else None, basis, group, rows), coefs
+
+
+def _merge_small(factors: Array, components: int, group: int, center: bool) -> tuple[Shared, F32]:
+    """Merge many small groups natively: the same mathematics, several groups at once."""
+    found = _native.find_principal(factors, group, components, center)
+    if found is None:
+        raise NonFiniteError("factors hold NaN, infinity or values beyond float32")
+    mean, basis, coefs = found
+    return Shared(mean if center else None, basis, group, False), coefs[:, :, None, :]
 
 
 def reconstruct(

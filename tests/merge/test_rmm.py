@@ -372,3 +372,58 @@ def test_shared_and_pad_rank_refuse() -> None:
     ):
         with pytest.raises(ShapeError):
             pad_rank(factors)  # type: ignore[arg-type]
+
+
+def whole_numbers(n: int, r: int, length: int) -> F64:
+    """Bell-shaped numbers that no library can round in its own way."""
+    state, out = 1, []
+    for _ in range(n * r * length):
+        total = 0
+        for _ in range(3):
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            total += state >> 54
+        out.append((total - 1534) / 256)
+    return np.array(out).reshape(n, r, length)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 61])
+@pytest.mark.parametrize("shape", [(8, 16, 61), (16, 4, 61), (5, 5, 61), (2, 1, 61)])
+def test_small_groups_come_out_as_by_lapack(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], group: int
+) -> None:
+    x = np.random.default_rng(3).standard_normal(shape)
+    x[:, :, 5] = 0
+    x[1] = x[0]
+    assert rmm._native.principal_possible(shape[0], shape[1] * group)
+    native, own = merge(x, 3, group)
+    monkeypatch.setattr(rmm._native, "principal_possible", lambda *_: False)
+    other, same = merge(x, 3, group)
+    np.testing.assert_array_equal(native.mean, other.mean)
+    for ours, theirs in zip(rebuild(native, own), rebuild(other, same), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert (native.basis != 0).any(axis=(1, 2)).tolist() == (other.basis != 0).any(
+        axis=(1, 2)
+    ).tolist()
+    np.testing.assert_allclose(np.abs(own), np.abs(same), atol=1e-5)
+
+
+def test_small_groups_have_the_same_bits_everywhere() -> None:
+    x = whole_numbers(6, 5, 1100)
+    for group, expected in ((1, "78cc8fd88122c487"), (4, "23f1bb961dfcccbc")):
+        found = [rmm._native.find_principal(x, group, 3, True, threads) for threads in (1, 2, 5)]
+        digests = {
+            hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
+            for arrays in found
+            if arrays is not None
+        }
+        assert digests == {expected}
+
+
+def test_what_is_too_large_for_small_groups() -> None:
+    assert not rmm._native.principal_possible(65, 65)
+    assert not rmm._native.principal_possible(2, 2**14)
+    assert not rmm._native.principal_possible(2**40, 2**40)
+    with pytest.raises(ValueError, match="not for this"):
+        rmm._native.find_principal(np.zeros((65, 65, 2)), 1, 1, True)
+    x = np.random.default_rng(4).standard_normal((70, 70, 2))
+    assert rebuild(*merge(x, 69)).shape == x.shape
