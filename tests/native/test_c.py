@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -129,6 +130,36 @@ def test_values_of_vectors() -> None:
                         name,
                         letter,
                     )
+
+
+def test_values_of_vectors_in_c(c_programs: Path) -> None:
+    """A C program gives the bits that the reader gives that was written from the text alone."""
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "spec" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("reference", reference)
+    sys.path.insert(0, str(ROOT / "spec"))
+    try:
+        spec.loader.exec_module(reference)
+    finally:
+        sys.path.remove(str(ROOT / "spec"))
+    n_factors = 0
+    for path in sorted(VECTORS.glob("valid/*.rmm")):
+        opened = reference.open_file(path.read_bytes())
+        for task in opened.tasks:
+            lines = run(c_programs / "list_and_load", path, task).splitlines()
+            want = []
+            for target, (A, B, _) in opened.load(task).items():
+                a, b = (google_crc32c.value(np.ascontiguousarray(x).tobytes()) for x in (A, B))
+                want.append((target, f"A {a:08x}, B {b:08x}"))
+                n_factors += 2
+            got = [line for line in lines if not line.startswith("private ")]
+            assert len(got) == len(want), path.name
+            for line, (target, values) in zip(got, want, strict=True):
+                assert line.startswith(f"{target}: "), path.name
+                assert line.endswith(values), path.name
+    assert n_factors > 200
 
 
 SIZES = """
