@@ -21,7 +21,8 @@ constexpr double NOISE = 1e-12;
 
 #define RMM_LANES for (unsigned l = 0; l < W; ++l)
 
-#if defined(__GNUC__) && !defined(RMM_PORTABLE)
+// GCC needs to be told; clang vectorises loops over lanes by itself, and refuses functions of such types.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(RMM_PORTABLE)
 #pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called from elsewhere: all is inlined
 typedef double Vec __attribute__((vector_size(64), aligned(64)));
 typedef int64_t Mask __attribute__((vector_size(64), aligned(64)));
