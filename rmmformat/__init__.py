@@ -220,6 +220,15 @@ def remove(path: _Path, tasks: str | Iterable[str], *, wait: float = 30.0) -> Re
 
     Their bytes stay, unused, until :func:`compact`.
 
+    Parameters
+    ----------
+    path
+        The file.
+    tasks
+        Names of tasks, or one name.
+    wait
+        Seconds to wait for another writer.
+
     Raises
     ------
     NotFoundError
@@ -235,6 +244,13 @@ def remove(path: _Path, tasks: str | Iterable[str], *, wait: float = 30.0) -> Re
 def compact(path: _Path, *, wait: float = 30.0) -> CompactReport:
     """Write a file anew without what nothing uses, and put it in the old one's place at once.
 
+    Parameters
+    ----------
+    path
+        The file.
+    wait
+        Seconds to wait for another writer.
+
     Raises
     ------
     RmmError, OSError
@@ -247,6 +263,11 @@ def compact(path: _Path, *, wait: float = 30.0) -> CompactReport:
 
 def validate(path: _Path) -> Report:
     """Check every rule of the specification over every byte of a file.
+
+    Parameters
+    ----------
+    path
+        The file; it is mapped, not read whole.
 
     Returns
     -------

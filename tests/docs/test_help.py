@@ -14,30 +14,47 @@ import pytest
 
 from rmmformat.cli.main import VERBS, main
 
+from . import small_onnx
 from .test_snippets import environment
 
 
-def examples(verb: str | None) -> list[str]:
-    """Lines of a help text behind "Example:"."""
+def commands() -> dict[str, click.Command]:
+    """Every command by its words, commands of commands included."""
     context = click.Context(main, info_name="rmm")
-    command = main if verb is None else main.get_command(context, verb)
-    assert command is not None
-    text = command.get_help(click.Context(command, info_name=verb, parent=context))
+    found: dict[str, click.Command] = {"rmm": main}
+    for verb in VERBS:
+        command = main.get_command(context, verb)
+        assert command is not None
+        found[f"rmm {verb}"] = command
+        if isinstance(command, click.Group):
+            for name, inner in command.commands.items():
+                found[f"rmm {verb} {name}"] = inner
+    return found
+
+
+def examples(words: str) -> list[str]:
+    """Lines of a help text behind "Example:"."""
+    text = commands()[words].get_help(click.Context(commands()[words], info_name=words))
     found = re.search(r"Examples?:\n((?: {4,}\S.*\n)+)", text)
-    assert found, f"the help of {verb} has no example"
-    joined = re.sub(r"\\\n\s*", "", found[1])
-    return [line.strip() for line in joined.splitlines()]
+    assert found, f"the help of {words} has no example"
+    return [line.strip() for line in re.sub(r"\\\n\s*", "", found[1]).splitlines()]
 
 
-@pytest.mark.parametrize("verb", [None, *VERBS])
-def test_examples_run(verb: str | None, desk: Path, converted: Path) -> None:
+@pytest.mark.parametrize("words", commands())
+def test_examples_run(words: str, desk: Path, converted: Path) -> None:
     shutil.copy(converted, desk / "skills.rmm")
-    for line in examples(verb):
+    lines = examples(words)
+    if any("base.onnx" in line for line in lines):
+        pytest.importorskip("onnx")
+        small_onnx.write(desk / "base.onnx")
+    written: set[str] = {"skills.rmm"}
+    for line in lines:
         assert line.startswith("rmm "), line
-        # Each example is a start of its own: what it writes is not there yet.
+        # Two examples may write the same file, and each is a start of its own.
         for out in re.findall(r"(?:-o|--output|--html) (\S+)", line):
-            if "convert" in line:
-                (desk / out).unlink(missing_ok=True)
+            if out in written:
+                (desk / out).unlink()
+            written.add(out)
         run(desk, line)
 
 
