@@ -87,19 +87,19 @@ def _show(info: FileInfo) -> None:
     )
     method = info.method.get("name", "")
     lines = [
-        ("format", f"{info.version}, written by {info.producer or 'unknown'}"),
         ("base model", info.base_model or "not recorded"),
-        ("method", f"{method} ({parameters})" if parameters else method or "not recorded"),
         ("tasks, targets", f"{len(info.tasks)}, {len(info.targets)}"),
-        ("file", f"{size(info.file_bytes)}; {percent(info.overhead)} header, index and padding"),
-        ("factors", f"{size(info.factor_bytes)}: {size(info.shared_bytes)} shared, "
-         f"{size(info.factor_bytes - info.shared_bytes)} of single tasks"),
-        ("of the originals", "not recorded" if info.fraction is None or not info.original_bytes
-         else f"{percent(info.fraction)} of {size(info.original_bytes)}"),
-        ("private tensors", size(info.private_bytes)),
-        ("rows", ", ".join(f"{n} {name}" for name, n in info.encodings.items()) or "none"),
+        ("size", "originals not recorded" if info.fraction is None or not info.original_bytes
+         else f"{percent(info.fraction)} of the originals' {size(info.original_bytes)}"),
         ("worst error", "not measured" if worst is None
          else f"{percent(worst.max_error)} (task {worst.name}, {worst.worst_target})"),
+        ("factors", f"{size(info.factor_bytes)}: {size(info.shared_bytes)} shared, "
+         f"{size(info.factor_bytes - info.shared_bytes)} of single tasks"),
+        ("private tensors", size(info.private_bytes)),
+        ("file", f"{size(info.file_bytes)}; {percent(info.overhead)} header, index and padding"),
+        ("rows", ", ".join(f"{n} {name}" for name, n in info.encodings.items()) or "none"),
+        ("method", f"{method} ({parameters})" if parameters else method or "not recorded"),
+        ("format", f"{info.version}, written by {info.producer or 'unknown'}"),
     ]  # fmt: skip
     if info.recovered:
         lines.append(("notice", "one header slot is damaged; the other one is used"))
