@@ -185,7 +185,7 @@ fuzz:
 	done
 
 # The importers, by coverage of their Python (atheris); SECONDS for each kind of file.
-FUZZ_IMPORTERS ?= config safetensors index pickle kohya gguf
+FUZZ_IMPORTERS ?= config safetensors index pickle kohya gguf checkpoint base
 
 fuzz-importers: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris

@@ -59,6 +59,8 @@ class Case:
     alone: bool = False
     #: The base model's folder, where one is wanted.
     base: Callable[[], dict[str, bytes]] = field(default=dict)
+    #: Whether the file is one of the base model's, and the source is sound.
+    of_base: bool = False
     #: What is known of the bytes: "json", "safetensors" (length, JSON, data) or nothing.
     shape: str = ""
 
@@ -82,6 +84,22 @@ CASES: dict[str, Case] = {
     ),
     "kohya": Case("kohya", "x.safetensors", seeds.kohya, alone=True, shape="safetensors"),
     "gguf": Case("gguf", "x.gguf", seeds.ggufs, alone=True, base=seeds.llama_base),
+    "checkpoint": Case(
+        "checkpoint",
+        "model.safetensors",
+        seeds.checkpoints,
+        base=lambda: {"model.safetensors": seeds.checkpoints()[0]},
+        shape="safetensors",
+    ),
+    "base": Case(
+        "checkpoint",
+        "model.safetensors",
+        lambda: seeds.checkpoints()[:1],
+        beside=lambda: {"model.safetensors": seeds.checkpoints()[1]},
+        base=lambda: {"model.safetensors": seeds.checkpoints()[0]},
+        of_base=True,
+        shape="safetensors",
+    ),
 }
 
 
@@ -107,7 +125,7 @@ class Run:
     def one(self, data: bytes) -> str:
         """Read one source; say what became of it."""
         self.n += 1
-        file = self.source / self.case.file
+        file = (self.folder / "base" if self.case.of_base else self.source) / self.case.file
         file.write_bytes(data)
         place = file if self.case.alone else self.source
         try:

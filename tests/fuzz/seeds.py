@@ -124,6 +124,23 @@ def kohya() -> list[bytes]:
     ]
 
 
+def checkpoints() -> list[bytes]:
+    """A base model, and fine-tunes of it."""
+    base = {
+        "layer.0.q.weight": _array((6, 5)),
+        "layer.0.q.bias": _array((6,)),
+        "layer.0.norm.weight": _array((5,)),
+        "embeddings.word.weight": _array((9, 5)),
+    }
+    tuned = base | {
+        "layer.0.q.weight": base["layer.0.q.weight"] + _array((6, 5), seed=1),
+        "layer.0.norm.weight": base["layer.0.norm.weight"] * 2,
+        "classifier.weight": _array((2, 5)),
+    }
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in tuned.items()}
+    return [save(base), save(tuned), save(half, {"format": "pt"})]
+
+
 def llama_base() -> dict[str, bytes]:
     """What the GGUF importer asks of a base model."""
     config = {

@@ -22,7 +22,10 @@ def importers():  # type: ignore[no-untyped-def]
         sys.argv = arguments
 
 
-@pytest.mark.parametrize("name", ["config", "safetensors", "index", "pickle", "kohya", "gguf"])
+KINDS = ["config", "safetensors", "index", "pickle", "kohya", "gguf", "checkpoint", "base"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_only_clear_errors_come_out(importers, name: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     case = importers.CASES[name]
     if case.format not in importers.IMPORTERS:
