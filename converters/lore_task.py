@@ -28,7 +28,7 @@ from rmmformat.converters.checkpoint_layout import (
     target_of,
     tied_output,
 )
-from rmmformat.converters.checkpoint_store import CONFIG_NAME, Checkpoint
+from rmmformat.converters.checkpoint_store import CONFIG_NAME, Checkpoint, open_checkpoint
 from rmmformat.converters.files import describe_file
 from rmmformat.converters.lore_base import write_model
 from rmmformat.converters.safetensors_writer import Planned
@@ -370,6 +370,12 @@ class LoreTask:
         """Id of the estimate."""
         return self._run.base_id
 
+    @functools.cached_property
+    def base_checkpoint(self) -> Checkpoint:
+        """The estimate as it was written; estimates first."""
+        self._run.prepare()
+        return open_checkpoint(self._run.base)
+
     @property
     def config_text(self) -> str:
         """The text of the model's config.json, or the empty string."""
@@ -412,6 +418,8 @@ class LoreTask:
             "method": "lore",
             "mu": options.mu,
             "steps": options.steps,
+            **({"rank": options.rank} if options.rank is not None else {}),
+            **({"weight": options.weight} if options.weight != 1.0 else {}),
             "objective": [float(f"{value:.6g}") for value in ends],
             "error": math.sqrt(part.residual / part.energy) if part.energy else 0.0,
             "max": part.worst,

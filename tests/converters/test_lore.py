@@ -314,6 +314,30 @@ def test_convert_and_put_together_again(models, tmp_path):
         )
 
 
+def test_a_later_fine_tune_joins_beside_the_estimate(models, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "skills.rmm"
+    estimated = Options(write_base=base)
+    rmm.convert(models, out, exact=True, kind="lore", options=estimated)
+    late = write(tmp_path / "late", fine_tune(70))
+    rmm.add(out, late, exact=True, options=Options(base=base, rank=16))
+    with rmm.open(out) as collection:
+        assert collection.tasks == ("cooking", "late", "law", "poems")
+        assert collection.metadata["base_model"]["fingerprint"]
+        factors = collection.load("late")[QUERY]
+        weight = load_file(base / "model.safetensors")[f"{QUERY}.weight"]
+        np.testing.assert_allclose(
+            weight + factors.scale * factors.B @ factors.A,
+            load_file(late / "model.safetensors")[f"{QUERY}.weight"],
+            atol=1e-4,
+        )
+    # Another estimate is another base.
+    write(tmp_path / "others" / "a", fine_tune(80))
+    write(tmp_path / "others" / "b", fine_tune(90))
+    other = Options(write_base=tmp_path / "other-base")
+    with pytest.raises(RmmError, match="base with other weights"):
+        rmm.add(out, tmp_path / "others", exact=True, kind="lore", options=other)
+
+
 def test_it_is_never_detected(models, tmp_path):
     assert not get_importer("lore").detect(models)
     assert detect(models) == "checkpoint"
