@@ -175,7 +175,8 @@ def tied_output(
         model's head, or both weights are stored.  The name of the module that shares the weight;
         None where the architecture does not tell or several embeddings could be meant.
     """
-    architectures = [a for a in config.get("architectures") or () if isinstance(a, str)]
+    given = config.get("architectures") or []
+    architectures = [given] if isinstance(given, str) else given
     causal = any(a.endswith(_CAUSAL) for a in architectures)
     if not config.get("tie_word_embeddings", True) or not (
         causal or any(a.endswith(_OTHER_HEADS) for a in architectures)

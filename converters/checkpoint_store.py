@@ -287,8 +287,19 @@ def open_checkpoint(path: Path, options: Options = DEFAULTS) -> Checkpoint:
     has_config = weights.name in _WEIGHTS and config_path.is_file()
     if has_config:
         text, config = read_json_object(config_path)
+        _check_config(config, config_path)
     files = (*((config_path,) if has_config else ()), *((weights,) if indexed else ()), *paths)
     return Checkpoint(path, _name_of(path, weights), store, text, config, files)
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Check the types of the fields that are read."""
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else [architectures]
+    if architectures is not None and not all(isinstance(name, str) for name in names):
+        raise SourceError("field architectures is not a list of strings", path=str(path))
+    if not isinstance(config.get("model_type", ""), (str, type(None))):
+        raise SourceError("field model_type is not a string", path=str(path))
 
 
 def _open_store(weights: Path, paths: tuple[Path, ...], options: Options) -> TensorStore:
