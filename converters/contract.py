@@ -46,6 +46,7 @@ __all__ = [
     "Sample",
     "Wrapped",
     "bounded",
+    "closed",
     "compare_deltas",
     "deltas_of",
     "digest_tree",
@@ -57,6 +58,8 @@ Deltas = Mapping[str, npt.NDArray[np.float64]]
 
 #: Name of the tensor that a sample with :attr:`Flaw.EXTRA` has beside its own.
 UNKNOWN = "no_such_module.no_such_tensor"
+
+_NOBODY = 65534
 
 TIME_LIMIT = 20.0  # seconds for one source of a few kilobytes, on a slow and busy machine
 MEMORY_LIMIT = 64 << 20  # bytes that Python and numpy may take for it
@@ -324,6 +327,25 @@ def refused(act: Callable[[], object], kinds: type[RmmError] | tuple[type[RmmErr
 def source_files(path: Path) -> list[Path]:
     """Entries of a source that its ledger must name."""
     return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+@contextlib.contextmanager
+def closed(folder: Path) -> Iterator[bool]:
+    """Take a folder's permissions away, the superuser's too; gives whether that was possible."""
+    mode = folder.stat().st_mode
+    root = may_read_anything()
+    if root and not hasattr(os, "seteuid"):
+        yield False
+        return
+    folder.chmod(0)
+    try:
+        if root:
+            os.seteuid(_NOBODY)
+        yield True
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(mode)
 
 
 def may_read_anything() -> bool:

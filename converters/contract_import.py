@@ -17,6 +17,7 @@ from rmmformat.converters.contract import (
     Flaw,
     Sample,
     bounded,
+    closed,
     compare_deltas,
     deltas_of,
     may_read_anything,
@@ -189,6 +190,22 @@ def check_odd_places(importer: Importer, sample: Sample, folder: Path) -> None:
 
 def _noise(seed: int, n_bytes: int) -> bytes:
     return np.random.default_rng(seed).bytes(n_bytes)
+
+
+def check_no_permission(importer: Importer, sample: Sample, folder: Path) -> None:
+    """A source that may not be read is one typed error, and detected as nothing."""
+    path = _build(sample, folder)
+    options = sample.options(path)
+    importer.detect(path)  # whatever it imports is there now
+    with closed(folder / Flaw.NONE.value) as possible:
+        if possible:
+            require(importer.detect(path) is False, "detect says True of what it cannot read")
+            try:
+                importer.open(path, options=options)
+            except RmmError as error:
+                require(str(folder) in str(error), f"no path in {error}")
+            else:
+                raise ContractError("a closed folder was opened")
 
 
 def _odd_places(folder: Path) -> list[Path]:
@@ -374,6 +391,7 @@ IMPORT_CHECKS: tuple[ImportCheck, ...] = (
     check_nan_is_refused,
     check_detection,
     check_odd_places,
+    check_no_permission,
     check_damaged_files,
     check_replaced_files,
     check_exact_file_gives_the_task_back,

@@ -247,7 +247,11 @@ def detect(path: Path) -> str:
     SourceError
         Nothing is there, or no importer knows it.
     """
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise SourceError(f"cannot read: {error.strerror}", path=str(path)) from error
+    if not there:
         raise SourceError("no such file or folder", path=str(path))
     readers = [row for row in formats() if row.importer is not None]
     for row in readers:

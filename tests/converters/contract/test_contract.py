@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from rmmformat.converters import detect, formats, get_exporter, get_importer
-from rmmformat.converters.contract import Flaw, Provider, Sample, Wrapped
+from rmmformat.converters.contract import Flaw, Provider, Sample, Wrapped, closed
 from rmmformat.converters.contract_export import EXPORT_CHECKS, check_join, check_round
 from rmmformat.converters.contract_import import IMPORT_CHECKS
-from rmmformat.errors import RmmError
+from rmmformat.errors import RmmError, SourceError
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -107,6 +107,13 @@ def test_each_source_is_known_by_one_format(case, tmp_path):
     assert known == ([case.format] if case.sample.detected else [])
     if known:
         assert detect(path) == case.format
+
+
+@by_case
+def test_what_may_not_be_read_is_no_known_source(case, tmp_path):
+    path = build(case, tmp_path / "source")
+    with closed(tmp_path / "source"), pytest.raises(SourceError, match="source"):
+        detect(path)
 
 
 @by_case
