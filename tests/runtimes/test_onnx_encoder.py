@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -184,30 +189,40 @@ def test_the_exporter_that_writes_scopes_beside_nodes(
         assert np.abs(session.run(task, feeds)[0] - want).max() < 1e-4
     want = plain(base).run(None, feeds)[0]
     assert session.run(None, feeds)[0].tobytes() == want.tobytes()
+    assert_same_bits_and_fusions(base, tmp_path, feeds, n_targets=2 * 6 + 2, skips=4)
+
+
+def assert_same_bits_and_fusions(
+    base: Path, folder: Path, feeds: dict[str, np.ndarray], *, n_targets: int, skips: int,
+    level: str = "ORT_ENABLE_ALL",
+) -> None:  # fmt: skip
+    """Prepare a model at every product, and compare what the runtime makes of both."""
+    prepared = folder / "everywhere.onnx"
+    report = runtime.prepare(base, prepared, targets=LINEAR)
+    assert len(report.targets) == n_targets
+    options = {"graph_optimization_level": getattr(onnxruntime.GraphOptimizationLevel, level)}
+    counts, results = [], []
+    for path in (base, prepared):
+        optimised = folder / f"{path.stem}.optimised.onnx"
+        run = plain(path, optimized_model_filepath=str(optimised), **options).run(None, feeds)
+        results.append(run[0].tobytes())
+        nodes = [node.op_type for node in onnx.load(optimised).graph.node]
+        fusions = ("BiasGelu", "SkipLayerNormalization", "LayerNormalization")
+        counts.append({name: nodes.count(name) for name in fusions})
+    assert results[0] == results[1]
+    assert counts[0] == counts[1]
+    if level == "ORT_ENABLE_ALL":
+        assert counts[0]["SkipLayerNormalization"] == skips
+        assert counts[0]["BiasGelu"] == (n_targets - 2) // 6
+        # The transpositions of A and B are gone: two products a target, whatever the base has.
+        assert nodes.count("FusedMatMul") >= 2 * (n_targets - 2)
 
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"])
 def test_inputs_at_every_product_change_no_bit_and_no_fusion(
     base: Path, tmp_path: Path, feeds: dict[str, np.ndarray], level: str
 ) -> None:
-    prepared = tmp_path / "prepared.onnx"
-    report = runtime.prepare(base, prepared, targets=LINEAR)
-    assert len(report.targets) == 6 * 6 + 2
-    options = {"graph_optimization_level": getattr(onnxruntime.GraphOptimizationLevel, level)}
-    counts = []
-    results = []
-    for path in (base, prepared):
-        optimised = tmp_path / f"{path.stem}.optimised.onnx"
-        run = plain(path, optimized_model_filepath=str(optimised), **options).run(None, feeds)
-        results.append(run[0].tobytes())
-        nodes = [node.op_type for node in onnx.load(optimised).graph.node]
-        fusions = ("BiasGelu", "SkipLayerNormalization", "LayerNormalization")
-        counts.append({name: nodes.count(name) for name in fusions})
-        if path == prepared and level == "ORT_ENABLE_ALL":
-            # The transpositions of A and B are gone: two products a target, whatever base has.
-            assert nodes.count("FusedMatMul") >= 2 * 36
-    assert results[0] == results[1]
-    assert counts[0] == counts[1]
+    assert_same_bits_and_fusions(base, tmp_path, feeds, n_targets=38, skips=0, level=level)
 
 
 class Reconstructed(CastTask):
@@ -387,3 +402,26 @@ def test_a_merged_model_says_what_the_task_says(
         assert set(report.parameters) == {"classifier.weight", "classifier.bias"}
         got = plain(tmp_path / f"{task}.onnx").run(None, feeds)[0]
         assert np.abs(got - originals[task]).max() < 1e-4
+
+
+def test_the_guide_runs(base: Path, demo_adapters: Path, tmp_path: Path) -> None:
+    """Blocks of docs/onnx.md one after another, on the real encoder."""
+    shutil.copy(base, tmp_path / "base.onnx")
+    shutil.copytree(demo_adapters, tmp_path / "adapters")
+    page = Path(__file__).parents[2] / "docs" / "onnx.md"
+    found = re.findall(
+        r"(<!-- not run.*?-->\n)?```(python|shell)\n(.*?)```", page.read_text(), re.DOTALL
+    )
+    code = [
+        text if language == "python" else f"__import__('subprocess').check_call({text!r}, shell=1)"
+        for mark, language, text in found
+        if not mark
+    ]
+    assert len(code) == 6
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env={**os.environ, "PATH": path},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("(1, 2) (1, 5) (1, 2)\n{}\n")
