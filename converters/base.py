@@ -44,8 +44,9 @@ An **exporter**
 - chooses every file name inside ``out`` itself: no name from the task becomes part of a path;
 - gives the same bytes for the same task.
 
-Foreign libraries are imported inside functions.  A new format is one new module and one line in
-:mod:`rmmformat.converters.registry`; a third party registers through the entry-point group
+Foreign libraries are imported inside functions.  A new format is one new module, one line in
+:mod:`rmmformat.converters.registry`, and samples for :mod:`rmmformat.converters.contract`, whose
+checks hold formats to all of the above; a third party registers through the entry-point group
 ``rmmformat.converters``.
 """
 

@@ -3,7 +3,8 @@
 The models are read together, so they are one source or given together, and the format must be
 named (``--from lore``).  The estimate is written as a model of its own
 (:mod:`~rmmformat.converters.lore_base`); what is left of each model is a task
-(:mod:`~rmmformat.converters.lore_task`):
+(:mod:`~rmmformat.converters.lore_task`).  The work is in
+:mod:`~rmmformat.converters.lore_run`:
 
 - matrices that differ between the models: the estimate of the alternating minimisation in the base,
   a low-rank delta in the task (``options.mu``, ``options.steps``; at most ``options.rank``
@@ -24,7 +25,8 @@ from pathlib import Path
 
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.checkpoint_store import Checkpoint, find_checkpoints, open_checkpoint
-from rmmformat.converters.lore_task import LoreRun, LoreTask
+from rmmformat.converters.lore_run import LoreRun
+from rmmformat.converters.lore_task import LoreTask
 from rmmformat.converters.names import check_name, check_task_names
 from rmmformat.errors import OptionError, SourceError
 from rmmformat.model import SourceTask

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import rmmformat as rmm
 from rmmformat.cli.main import main
 from rmmformat.converters import Options, collect, detect, get_importer
-from rmmformat.converters import lore_task as module
+from rmmformat.converters import lore_run as module
 from rmmformat.converters.checkpoint_store import open_checkpoint
 from rmmformat.converters.lore_base import write_model
 from rmmformat.errors import NonFiniteError, OptionError, RmmError, SourceError
