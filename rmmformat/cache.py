@@ -13,7 +13,6 @@ import numpy as np
 from rmmformat.arena import Arena
 from rmmformat.collection import Collection, LoadedTask
 from rmmformat.errors import OptionError
-from rmmformat.model import Array, Factors
 
 __all__ = ["CacheStats", "TaskCache"]
 
@@ -202,13 +201,7 @@ def _n_bytes(task: LoadedTask) -> int:
 
 
 def _read_only(task: LoadedTask) -> LoadedTask:
-    factors = {
-        target: Factors(_locked(found.A), _locked(found.B), found.scale)
-        for target, found in task.items()
-    }
-    return LoadedTask(task.name, task.arena, factors)
-
-
-def _locked(array: Array) -> Array:
-    array.flags.writeable = False
-    return array
+    for factors in task.values():
+        factors.A.flags.writeable = False
+        factors.B.flags.writeable = False
+    return task
