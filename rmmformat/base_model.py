@@ -306,8 +306,11 @@ def _fingerprints(
 
 def _given_base(options: Options) -> Checkpoint | None:
     """Open ``options.base`` if it holds weights that may be read."""
-    weights = None if options.base is None else find_weights(options.base)
+    if options.base is None:
+        return None
+    if not options.base.exists():
+        raise SourceError("no such file or folder", path=str(options.base), hint="See --base.")
+    weights = find_weights(options.base)
     if weights is None or (".safetensors" not in weights.name and not options.allow_pickle):
         return None
-    assert options.base is not None  # it holds weights  # noqa: S101
     return open_checkpoint(options.base, options)

@@ -194,6 +194,12 @@ def test_a_base_folder_without_weights_is_not_asked_for_any(tmp_path: Path) -> N
     assert recorded(tmp_path / "x.rmm") == {"id": "org/base"}
 
 
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    lora = adapter(tmp_path / "lora", {"layer.0.q": (12, 12)})
+    with pytest.raises(SourceError, match="no such file or folder"):
+        rmm.convert(lora, tmp_path / "x.rmm", exact=True, options=Options(base=tmp_path / "typo"))
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
