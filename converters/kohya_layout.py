@@ -179,7 +179,8 @@ class _Sorter:
                     "Save the file as float32, float16 or bfloat16.",
                 )
         shape_a, shape_b = self.metas[a].shape, self.metas[b].shape
-        if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= 5:
+        # DyLoRA leaves the axes of the kernel out of B.
+        if len(shape_b) not in (2, len(shape_a)) or not 2 <= len(shape_a) <= 5:
             raise self._fault(b, f"of shape {shape_b} does not fit {a!r} of shape {shape_a}")
         if math.prod(shape_b[2:]) != 1:
             raise self._unsupported(b, f"of shape {shape_b} is not a 1x1 convolution", _LYCORIS)

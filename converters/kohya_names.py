@@ -20,8 +20,8 @@ __all__ = ["COMPONENTS", "Key", "flatten", "is_flat", "modules_of", "parse_key"]
 
 #: Component of a diffusers pipeline to the word that kohya's names begin with.
 COMPONENTS: dict[str, tuple[str, ...]] = {
-    "unet": ("lora_unet",),
-    "transformer": ("lora_transformer", "lora_unet"),
+    "unet": ("lora_unet", "lycoris"),
+    "transformer": ("lora_transformer", "lora_unet", "lycoris"),
     "prior": ("lora_prior_unet",),
     "text_encoder": ("lora_te", "lora_te1"),
     "text_encoder_2": ("lora_te2",),
