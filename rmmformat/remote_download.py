@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from rmmformat.errors import RemoteError
-from rmmformat.remote import shown, transport_errors, url_to_fs
+from rmmformat.remote import is_url, shown, transport_errors, url_to_fs
 from rmmformat.remote_ranges import CHUNK, PATIENCE, SLOWEST, http_get, refusal
 
-__all__ = ["download", "downloaded"]
+__all__ = ["download", "downloaded", "local_file"]
+
+
+@contextlib.contextmanager
+def local_file(path: str) -> Iterator[str]:
+    """Lend a path that is local: this one, or of a URL a temporary copy.
+
+    For what looks at bytes that no task needs.
+    """
+    if not is_url(path):
+        yield path
+        return
+    with downloaded(path) as copy:
+        yield os.fspath(copy)
 
 
 @contextlib.contextmanager

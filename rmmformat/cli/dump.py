@@ -8,6 +8,7 @@ from rmmformat.cli._exit import Verb
 from rmmformat.cli._render import print_json
 from rmmformat.collection import open_collection
 from rmmformat.format.dump import dump_fields
+from rmmformat.remote_download import local_file
 
 __all__ = ["command"]
 
@@ -32,7 +33,7 @@ def command(file: str, limit: int, everything: bool, as_json: bool) -> None:
     Example:
       rmm dump skills.rmm --limit 2
     """
-    with open_collection(file) as collection:
+    with local_file(file) as path, open_collection(path) as collection:
         fields = dump_fields(collection.index, None if everything else limit)
         if as_json:
             print_json([{**vars(field), "raw": field.raw.hex()} for field in fields])

@@ -54,6 +54,11 @@ class _Held:
     def __init__(
         self, path: str | os.PathLike[str], disk: Disk, wait: float, notice: Notice | None
     ) -> None:
+        if "://" in os.fspath(path):  # a mistake to be named; the folder "https:" is nobody's
+            raise UnsupportedError(
+                "only a file on this machine can change in place",
+                hint="Download it, change it here, and upload it again.",
+            )
         self.file = LockedFile(path, disk, wait=wait, notice=notice)
         try:
             self.index = read_index(_mapped(self.file), os.fspath(path))

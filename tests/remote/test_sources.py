@@ -249,3 +249,17 @@ def test_verbs_take_urls(adapters: str, server: Server, shared_file: Path, tmp_p
     out = f"memory://{uuid.uuid4()}/o.rmm"
     run("convert", f"{adapters}/imdb/", f"new={adapters}/bbc/", "-o", out, "--exact")
     assert json.loads(run("info", out, "--json").stdout)["tasks"][1]["name"] == "new"
+
+
+def test_a_dump_shows_real_bytes(server: Server, shared_file: Path) -> None:
+    server.files["x.rmm"] = shared_file.read_bytes()
+    remote = run("dump", server.url("x.rmm")).stdout
+    assert remote == run("dump", os.fspath(shared_file)).stdout
+
+
+def test_files_elsewhere_do_not_change_in_place(server: Server, demo_adapters: Path) -> None:
+    url = server.url("x.rmm")
+    for arguments in (["add", url, os.fspath(demo_adapters / "bbc")], ["remove", url, "a"],
+                      ["compact", url]):  # fmt: skip
+        assert "only a file on this machine" in run(*arguments, code=4).output
+    assert server.requests == []
