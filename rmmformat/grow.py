@@ -320,8 +320,9 @@ class _Extensions:
         ):
             assert basis is not None  # there are components  # noqa: S101
             rows = 1 if part.row_mixing else part.rank
-            grouped = basis.reshape(part.n_components, rows, length)
-            shared.append(Shared(mean, grouped, part.group, part.row_mixing))
+            grouped = basis.all().reshape(part.n_components, rows, length)
+            whole = None if mean is None else mean.all()
+            shared.append(Shared(whole, grouped, part.group, part.row_mixing))
         return KnownFrame(number, min(a.rank, b.rank), shared[0], shared[1])
 
     def _check_size(self, key: TargetKey, record: Any) -> None:

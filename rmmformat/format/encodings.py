@@ -23,7 +23,7 @@ __all__ = [
     "Encoding",
     "by_code",
     "by_name",
-    "decode_rows",
+    "decode_blocks",
     "decode_run",
     "encode_run",
 ]
@@ -357,37 +357,50 @@ def decode_run(code: int, data: bytes | memoryview, n_rows: int, n: int) -> Floa
     return encoding.decode(data, n_rows, n)
 
 
-def decode_rows(
-    code: int, data: bytes | memoryview, n_rows: int, n: int, wanted: npt.NDArray[np.int64]
-) -> Float32:
-    """Decode some rows of a run, in memory that is in proportion to those and to the run's bytes.
+def decode_blocks(
+    code: int,
+    data: bytes | memoryview,
+    n_rows: int,
+    n: int,
+    wanted: npt.NDArray[np.int64] | None = None,
+) -> list[Float32]:
+    """Decode rows of a run, in memory that is in proportion to the run's bytes.
 
     Parameters
     ----------
     data, n_rows, n
         The run, as for :func:`decode_run`.
     wanted
-        Ordinals of the rows to give.
+        Ordinals of the rows to give, ascending; by default all.
 
     Returns
     -------
-    (len(wanted), n) float32.
+    Blocks of (rows, n) float32, the rows in order.  One of zeros is a view of a single zero.
     """
     encoding = by_code(code)
+    if wanted is None:
+        wanted = np.arange(n_rows)
     if len(wanted) == 0:
-        return np.zeros((0, n), np.float32)
+        return []
     if encoding.row_bytes is not None:
         size = encoding.row_bytes(n)
         if size == 0:
-            return encoding.decode(b"", len(wanted), n)
+            return [_zeros(len(wanted), n)]
         rows = np.frombuffer(data, np.uint8).reshape(n_rows, size)[wanted]
-        return encoding.decode(rows.tobytes(), len(wanted), n)
-    # Rows of zeros take a byte in the run and would take n values each here.
+        return [encoding.decode(rows.tobytes(), len(wanted), n)]
     dense, coded = trellis.without_zero_rows(data, n_rows)
     values = encoding.decode(dense, len(coded), n)
-    found = np.zeros((len(wanted), n), np.float32)
     place = np.searchsorted(coded, wanted)
     there = place < len(coded)
     there[there] = coded[place[there]] == wanted[there]
-    found[there] = values[place[there]]
-    return found
+    # Where rows of zeros and others take turns.
+    turns = np.flatnonzero(np.diff(there)) + 1
+    blocks = []
+    for part in np.split(np.arange(len(wanted)), turns):
+        kept = place[part]
+        blocks.append(values[kept] if there[part[0]] else _zeros(len(part), n))
+    return blocks
+
+
+def _zeros(n_rows: int, n: int) -> Float32:
+    return np.broadcast_to(np.float32(0), (n_rows, n))

@@ -5,6 +5,9 @@ The native module does the same for speed; the two agree bit for bit.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,50 @@ import numpy.typing as npt
 
 from rmmformat.errors import FormatError
 from rmmformat.format import layout
-from rmmformat.format.encodings import by_code, decode_rows, decode_run
+from rmmformat.format.encodings import by_code, decode_blocks
 from rmmformat.format.reader import Index
 
-__all__ = ["entry_factors", "read_arrays", "sum_terms"]
+__all__ = ["Rows", "entry_factors", "frame_arrays", "read_arrays", "sum_terms"]
 
 Float32 = npt.NDArray[np.float32]
+
+
+class Rows:
+    """Rows of an array; those without bytes in the file take no memory until they are asked for.
+
+    Parameters
+    ----------
+    blocks
+        (n, length) each, at least one.
+    """
+
+    def __init__(self, blocks: Sequence[Float32]) -> None:
+        self._blocks = list(blocks)
+        self._ends = list(itertools.accumulate(len(block) for block in self._blocks))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def between(self, start: int, stop: int) -> Float32:
+        """Rows start … stop − 1, (stop − start, length)."""
+        number = bisect.bisect_right(self._ends, start)
+        found = []
+        while start < stop:
+            first = self._ends[number] - len(self._blocks[number])
+            end = min(stop, self._ends[number])
+            found.append(self._blocks[number][start - first : end - first])
+            start, number = end, number + 1
+        if not found:
+            return self._blocks[0][:0]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def steps(self, size: int) -> Iterator[Float32]:
+        """So many rows at a time."""
+        return (self.between(at, at + size) for at in range(0, len(self), size))
+
+    def all(self) -> Float32:
+        """All rows."""
+        return self.between(0, len(self))
 
 
 def sum_terms(
@@ -25,8 +66,8 @@ def sum_terms(
     length: int,
     *,
     mean: Float32 | None,
-    basis: Float32 | None,
-    coefficients: Float32 | None,
+    basis: Iterable[Float32] | None,
+    coefficients: Iterable[Float32] | None,
     residual: Float32 | None,
     group: int = 1,
     row_mixing: bool = False,
@@ -73,7 +114,7 @@ def read_arrays(
     arrays: list[tuple[int, int]],
     rule: str = "RMM-061",
     wanted: list[npt.NDArray[np.int64]] | None = None,
-) -> list[Float32 | None]:
+) -> list[Rows | None]:
     """Decode the arrays of one entry or frame.
 
     Parameters
@@ -85,8 +126,7 @@ def read_arrays(
     rule
         The rule that is broken if the arrays do not end at `end`: RMM-061, of a frame RMM-052.
     wanted
-        Ordinals of the rows to give of each array, ascending; by default all.  Rows of zeros that
-        nobody wants take no memory, however many there are.
+        Ordinals of the rows to give of each array, ascending; by default all.
 
     Raises
     ------
@@ -107,18 +147,17 @@ def read_arrays(
                 if at + n_bytes > end:
                     raise FormatError("an array ends behind its extent", rule=rule)
                 raw = index.data[at : at + n_bytes]
-                if wanted is None:
-                    rows.append(decode_run(code, raw, count, row_length))
-                else:
+                chosen = None
+                if wanted is not None:
                     here = np.searchsorted(wanted[number], [first, first + count])
                     chosen = wanted[number][here[0] : here[1]] - first
-                    rows.append(decode_rows(code, raw, count, row_length, chosen))
+                rows += decode_blocks(code, raw, count, row_length, chosen)
             except FormatError as error:
                 error.offset = at
                 raise
             position += n_bytes
             first += count
-        decoded.append(np.concatenate(rows) if rows else None)
+        decoded.append(Rows(rows) if rows else None)
     if start + position != end:
         raise FormatError(
             f"arrays take {position} bytes, their extent has {end - start}",
@@ -128,7 +167,7 @@ def read_arrays(
     return decoded
 
 
-def frame_arrays(index: Index, frame: Any, rank: int | None = None) -> list[Float32 | None]:
+def frame_arrays(index: Index, frame: Any, rank: int | None = None) -> list[Rows | None]:
     """Mean and basis of A, mean and basis of B, as flat lists of rows.
 
     With `rank`, only the rows that a task of that rank uses: the first of the mean and of each
@@ -171,7 +210,7 @@ def entry_factors(
     target = index.table("TARG")[target_id]
     rank = int(form["rank"])
     frame = index.frame_of(form, target_id)
-    shared: list[Float32 | None] = [None] * 4
+    shared: list[Rows | None] = [None] * 4
     if frame is not None:
         shared = frame_arrays(index, frame, rank)
     shapes = []
@@ -186,17 +225,16 @@ def entry_factors(
     own = read_arrays(index, start, start + int(entry_record["length"]), arrays)
     factors = []
     for number, (length, group, mixing) in enumerate(shapes):
-        basis = shared[2 * number + 1]
-        if basis is not None:
-            basis = basis.reshape(-1, 1 if mixing else rank, length)
+        mean, basis = shared[2 * number : 2 * number + 2]
+        coefficients, residual = own[2 * number : 2 * number + 2]
         factors.append(
             sum_terms(
                 rank,
                 length,
-                mean=shared[2 * number],
-                basis=basis,
-                coefficients=own[2 * number],
-                residual=own[2 * number + 1],
+                mean=None if mean is None else mean.all(),
+                basis=None if basis is None else basis.steps(1 if mixing else rank),
+                coefficients=None if coefficients is None else coefficients.steps(1),
+                residual=None if residual is None else residual.all(),
                 group=group,
                 row_mixing=mixing,
             )

@@ -100,7 +100,7 @@ def without_zero_rows(data: bytes | memoryview, n_rows: int) -> tuple[bytes, npt
     Raises
     ------
     FormatError
-        The run has no room for its rows (RMM-087).
+        The run has no room for its rows, or none with symbols (RMM-087).
     """
     head = 1
     while head <= _MAX_LENGTH_BYTES and head <= len(data) and data[head - 1] & 0x80:
@@ -109,6 +109,8 @@ def without_zero_rows(data: bytes | memoryview, n_rows: int) -> tuple[bytes, npt
     numbers = np.frombuffer(data[first : first + n_rows], np.uint8)
     if len(numbers) < n_rows:
         raise FormatError(f"a trellis run of {len(data)} bytes for {n_rows} rows", rule="RMM-087")
+    if not numbers.any():
+        raise FormatError("a trellis run has no row with symbols", rule="RMM-087")
     body = bytes(data[head:first]) + numbers[numbers != 0].tobytes() + bytes(data[first + n_rows :])
     length, left = bytearray(), len(body)
     while left >= 0x80:
