@@ -156,6 +156,7 @@ QUIRKS: dict[int, tuple[str, tuple[str, ...]]] = {
         "LoHa, LoKr, Tucker cores",
         (
             KOHYA + "test_other_methods_are_refused_by_name",
+            f"{C}test_kohya_lycoris.py::test_other_methods_are_refused_by_name",
             "kohya: LyCORIS methods: LoHa (hada), LoKr, Tucker cores (lora_mid)",
         ),
     ),

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rmmformat.converters import detect, formats, get_exporter, get_importer
@@ -210,6 +212,11 @@ class Broken:
         if self.fault == "shares its arrays":
             cache = {t: task.factors(t) for t in task.targets}
             broken.factors = lambda t: cache[t] if t in cache else task.factors(t)
+        if self.fault == "has another value each time":
+            counts = itertools.count(1)
+            broken.factors = lambda t: dataclasses.replace(
+                task.factors(t), B=task.factors(t).B * np.float32(next(counts))
+            )
         if self.fault == "hashes nothing":
             broken.files = tuple(dataclasses.replace(f, sha256="0" * 64) for f in task.files)
         return [broken]
@@ -227,6 +234,9 @@ class Broken:
         ("lets nan through", "check_nan_is_refused"),
         ("claims everything", "check_detection"),
         ("names no file", "check_odd_places"),
+        ("raises what it likes", "check_no_permission"),
+        ("has another value each time", "check_exact_file_gives_the_task_back"),
+        ("has another value each time", "check_task_is_as_described"),
         ("raises what it likes", "check_damaged_files"),
         ("names no file", "check_damaged_files"),
         ("raises what it likes", "check_replaced_files"),
