@@ -15,7 +15,13 @@ Importing this package, or ``rmmformat``, imports no runtime.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rmmformat.runtimes import llamacpp as llamacpp
+    from rmmformat.runtimes import onnx as onnx
+    from rmmformat.runtimes import peft as peft
+    from rmmformat.runtimes import vllm as vllm
 
 _MODULES = ("llamacpp", "onnx", "peft", "vllm")
 
