@@ -26,7 +26,8 @@ def test_links_lead_somewhere(page: Path) -> None:
             if parts.scheme not in ("https", "mailto"):
                 dead.append(f"{link}: not https")
             continue
-        goal = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+        start = ROOT if parts.path.startswith("/") else page.parent
+        goal = (start / unquote(parts.path).lstrip("/")).resolve() if parts.path else page
         if not goal.exists():
             dead.append(f"{link}: nothing there")
         elif not goal.is_relative_to(ROOT):
