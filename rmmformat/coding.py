@@ -192,15 +192,11 @@ def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
     pairs = [(f.A, f.B) for f in factors]
     if method.align != "none":
         pairs = list(align_factors(pairs, method.align))
-    sides = (
-        pad_rank([a.astype(np.float64) for a, _ in pairs]),
-        pad_rank([np.ascontiguousarray(b.T).astype(np.float64) for _, b in pairs]),
-    )
+    ranks = [f.rank for f in factors]
     parts, coefficients, restore = [], [], []
-    for stack in sides:
-        part, numbers, terms = _shared(
-            stack.astype(np.float64, copy=False), [f.rank for f in factors], method, code
-        )
+    for side in ([a for a, _ in pairs], [b.T for _, b in pairs]):
+        # The stack is twice the factors of all tasks or more: one at a time, and gone after use.
+        part, numbers, terms = _shared(pad_rank(side, np.float64), ranks, method, code)
         parts.append(part)
         coefficients.append(numbers)
         restore.append(terms)

@@ -290,7 +290,7 @@ def reconstruct(
     return np.zeros((rank, shared.length), np.float32) if acc is None else acc
 
 
-def pad_rank(factors: Sequence[Array]) -> Array:
+def pad_rank(factors: Sequence[Array], dtype: npt.DTypeLike = None) -> Array:
     """Stack factors of different rank into one array, missing rows zero.
 
     After reconstruction a task of rank r_t takes its first r_t rows.
@@ -299,6 +299,8 @@ def pad_rank(factors: Sequence[Array]) -> Array:
     ----------
     factors
         Arrays (r_t, L) of one dtype, component-major.
+    dtype
+        What the result has; then theirs may differ.
 
     Returns
     -------
@@ -313,9 +315,10 @@ def pad_rank(factors: Sequence[Array]) -> Array:
         raise ShapeError("need at least one factor, each of two dimensions")
     lengths = sorted({x.shape[1] for x in factors})
     dtypes = sorted({str(x.dtype) for x in factors})
-    if len(lengths) != 1 or len(dtypes) != 1:
+    if len(lengths) != 1 or (len(dtypes) != 1 and dtype is None):
         raise ShapeError(f"factors must agree in length and dtype, got {lengths} and {dtypes}")
-    out = np.zeros((len(factors), max(x.shape[0] for x in factors), lengths[0]), factors[0].dtype)
+    kind = factors[0].dtype if dtype is None else dtype
+    out = np.zeros((len(factors), max(x.shape[0] for x in factors), lengths[0]), kind)
     for row, x in zip(out, factors, strict=True):
         row[: x.shape[0]] = x
     return out
