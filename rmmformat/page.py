@@ -212,8 +212,8 @@ def _errors(body: Element, o: Overview) -> None:
         body,
         "p",
         f"Relative Frobenius error of each task's delta by {side}, measured when the file was "
-        f"written. From pale, 0, to full colour, {percent(limit)}; dashed: not adapted or not "
-        "measured. Point at a cell for its value.",
+        f"written: {percent(float(known.min()))} to {percent(limit)}. Pale is 0, full colour the "
+        "largest; dashed: not adapted or not measured. Point at a cell for its value.",
         class_="legend",
     )
     names = [row.info.name for row in o.rows]
