@@ -25,10 +25,13 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rmmformat.errors import SourceError
+from rmmformat.errors import SourceError, UnsupportedError
 from rmmformat.model import Role, TargetKind
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 __all__ = [
     "METADATA_KEY",
@@ -37,8 +40,10 @@ __all__ = [
     "Replaceable",
     "Slot",
     "best_matches",
+    "interface_of",
     "parameter_input",
     "parameter_names",
+    "parse_model",
     "read_interface",
 ]
 
@@ -199,24 +204,49 @@ class Interface:
         return found[0] if len(found) == 1 else None
 
 
-def read_interface(path: Path) -> Interface | None:
-    """Read what a model file takes of a task; None if it was not prepared.
+def parse_model(path: Path) -> ModelProto:
+    """Read a model file without the values that lie in other files, and without checking it.
 
     Raises
     ------
     SourceError
-        Not an ONNX model.
+        Not readable, or not an ONNX model.
+    UnsupportedError
+        onnx is not installed.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
     try:
-        model = onnx.load(path, load_external_data=False)
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise UnsupportedError(
+            "reading ONNX models needs onnx, which is not installed",
+            hint='pip install "rmmformat[onnx]"',
+        ) from error
+    try:
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise SourceError(f"cannot read the file: {error.strerror}", path=str(path)) from error
     except DecodeError as error:
         raise SourceError("not an ONNX model", path=str(path)) from error
+    if not model.graph.node:
+        raise SourceError("not an ONNX model, or one without nodes", path=str(path))
+    return model
+
+
+def interface_of(model: ModelProto, path: Path) -> Interface | None:
+    """Tell what a model takes of a task; None if it was not prepared.
+
+    Raises
+    ------
+    SourceError
+        Its metadata cannot be read.
+    """
     for item in model.metadata_props:
         if item.key == METADATA_KEY:
             return Interface.from_json(item.value, str(path))
     return None
+
+
+def read_interface(path: Path) -> Interface | None:
+    """As :func:`interface_of`, for a file; raises as :func:`parse_model` does, too."""
+    return interface_of(parse_model(path), path)

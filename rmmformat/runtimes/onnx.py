@@ -11,6 +11,7 @@ one task, :func:`adapter_file` lends a task as an ``.onnx_adapter`` file in memo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 import threading
@@ -138,7 +139,7 @@ class Session:
         self._names, self._drop_private = dict(names or {}), drop_private
         self._allow_unmatched = allow_unmatched
         path = Path(model)
-        source, self.interface = self._source(path, collection, session_options)
+        source, interface = self._source(path, collection, session_options)
         providers = ["CPUExecutionProvider"] if providers is None else list(providers)
         try:
             self._session: InferenceSession = onnxruntime.InferenceSession(
@@ -146,6 +147,7 @@ class Session:
             )
         except Exception as error:  # its errors have no base of their own
             raise RmmError(f"ONNX Runtime refuses the model: {error}", path=str(path)) from error
+        self.interface = self._told_interface(path) if interface is None else interface
         self.collection = collection
         self.cache = TaskCache(collection, budget_bytes, self.interface.dtype)
         own = {name for target in self.interface.targets for name in parameter_names(target)}
@@ -164,11 +166,14 @@ class Session:
 
     def _source(
         self, path: Path, collection: Collection, options: SessionOptions
-    ) -> tuple[str | bytes, Interface]:
+    ) -> tuple[str | bytes, Interface | None]:
+        """Give what to make a session of, and the interface as far as it is known before that."""
+        if importlib.util.find_spec("onnx") is None:
+            return str(path), None
+        interface = read_interface(path)
+        if interface is not None:
+            return str(path), interface
         model = load_model(path)
-        for item in model.metadata_props:
-            if item.key == METADATA_KEY:
-                return str(path), Interface.from_json(item.value, str(path))
         _, interface = prepare_model(
             model,
             collection=collection,
@@ -181,6 +186,18 @@ class Session:
         if external_files(model, path):
             options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
         return model.SerializeToString(deterministic=True), interface
+
+    def _told_interface(self, path: Path) -> Interface:
+        """Read the interface of a prepared model through the runtime: a device needs no onnx."""
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if METADATA_KEY not in metadata:
+            raise UnsupportedError(
+                "the model has no inputs for factors, and making them needs onnx, which is not "
+                "installed",
+                path=str(path),
+                hint='pip install "rmmformat[onnx]", or prepare the model elsewhere.',
+            )
+        return Interface.from_json(metadata[METADATA_KEY], str(path))
 
     def run(
         self,
@@ -209,7 +226,8 @@ class Session:
         NotFoundError
             No such task, input or output; a target that the model has no place for.
         LossyConversionError
-            The task has a private tensor that the model does not take.
+            The task has a private tensor that the model does not take, or a value that its dtype
+            cannot hold.
         OptionError
             An input is missing.
         FormatError, UnsupportedError
@@ -302,6 +320,11 @@ class Session:
                     f"{sides[1]} outputs, the model has {slot.n_in} and {slot.n_out} there",
                     hint="Is this the base model of the collection?",
                 )
+            if not self._fits(factors):
+                raise LossyConversionError(
+                    f"task {loaded.name!r}: target {target!r} has values too large for f16",
+                    hint="Prepare the model with --dtype f32.",
+                )
             if factors.scale not in scales:
                 scales[factors.scale] = _wrap(np.array([factors.scale], factors.A.dtype))
             given = (_wrap(factors.A), _wrap(factors.B), scales[factors.scale])
@@ -313,6 +336,15 @@ class Session:
                 )
             values.update(zip(wanted, given, strict=True))
         return values | self._parameter_values(loaded.name)
+
+    def _fits(self, factors: Factors) -> bool:
+        """Whether no value has become an infinity, which only float16 is too small for."""
+        if self.interface.dtype != "f16":
+            return True
+        scale = np.float64(factors.scale).astype(np.float16)
+        return bool(
+            np.isfinite(scale) and np.isfinite(factors.A).all() and np.isfinite(factors.B).all()
+        )
 
     def _parameter_inputs(self, task: str) -> dict[str, str]:
         """Private tensor to parameter, for those that the model takes."""
@@ -378,7 +410,7 @@ class _Reconstructed(CastTask):
     @cached_property
     def _loaded(self) -> LoadedTask:
         assert isinstance(self.task, StoredTask)  # noqa: S101  # made below only
-        return self.task.collection.load(self.task.name, dtype=self.dtype)
+        return self.task.collection.load(self.task.name)
 
 
 @contextlib.contextmanager
@@ -418,9 +450,7 @@ def adapter_file(
     if model is not None and interface is None:
         raise OptionError("the model has no inputs for factors", path=str(model))
     options = Options(dtype=dtype, names=names or {}, drop_private=drop_private)
-    kind = FLOATS.get(dtype or (interface.dtype if interface is not None else "f32"))
-    source = collection.source(task)
-    held = source if kind is None else _Reconstructed(source, kind)
+    held = _Reconstructed(collection.source(task), FLOATS["f32"])
     parameters, _ = adapter_parameters(held, interface, options)
     if not hasattr(os, "memfd_create"):
         with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmmformat.converters.files import atomic_file
-from rmmformat.errors import InternalError, RmmError, SourceError, UnsupportedError
+from rmmformat.converters.onnx_names import parse_model
+from rmmformat.errors import InternalError, RmmError, SourceError
 from rmmformat.runtimes.onnx_graph import scopes_of
 
 if TYPE_CHECKING:
@@ -31,37 +32,30 @@ __all__ = [
 
 
 def load_model(path: Path) -> ModelProto:
-    """Read a model file; values of external data stay where they are.
+    """Read a model file and check it; values of external data stay where they are.
 
     Functions that a model defines for itself are inlined, so that every weight is in a graph.
 
     Raises
     ------
     SourceError
-        Not readable, or not an ONNX model.
+        Not readable, or not a valid ONNX model.
     UnsupportedError
         onnx is not installed.
     """
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-        from onnx import inliner
-    except ImportError as error:
-        raise UnsupportedError(
-            "reading ONNX models needs onnx, which is not installed",
-            hint='pip install "rmmformat[onnx]"',
-        ) from error
-    try:
-        model = onnx.load_model(path, format="protobuf", load_external_data=False)
-    except OSError as error:
-        raise SourceError(f"cannot read the file: {error.strerror}", path=str(path)) from error
-    except DecodeError as error:
-        raise SourceError("not an ONNX model", path=str(path)) from error
-    if not model.graph.node:
-        raise SourceError("not an ONNX model, or one without nodes", path=str(path))
+    model = parse_model(path)
+    import onnx
+    from onnx import inliner
+
     for tensor in external_tensors(model):
         location_of(tensor, path)
-    return inliner.inline_local_functions(model) if model.functions else model
+    try:
+        # After this nodes are in order, names are unique, and operators have their inputs.
+        onnx.checker.check_model(os.fspath(path))
+        return inliner.inline_local_functions(model) if model.functions else model
+    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+        text = str(error).strip().partition("\n")[0]
+        raise SourceError(f"not a valid model: {text}", path=str(path)) from error
 
 
 def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -123,29 +117,22 @@ def save_model(model: ModelProto, base: Path, out: Path, *, force: bool) -> None
                 with atomic_file(target, force=force) as copy:
                     shutil.copyfile(source, copy)
                 made.append(target)
-            write_checked(model, temporary, base)
+            write_checked(model, temporary)
         except BaseException:
             for target in made:
                 target.unlink(missing_ok=True)
             raise
 
 
-def write_checked(model: ModelProto, path: Path, base: Path) -> None:
+def write_checked(model: ModelProto, path: Path) -> None:
     """Serialise a model to a file beside its external data, and let onnx's own checker pass it.
-
-    Parameters
-    ----------
-    base
-        The file that it was made from, which is checked where the result is not valid.
 
     Raises
     ------
     RmmError
         It is too large for one file.
-    SourceError
-        The checker refuses the base.
     InternalError
-        It refuses the result alone.
+        The checker refuses it.
     """
     import onnx
     from google.protobuf.message import EncodeError
@@ -161,8 +148,4 @@ def write_checked(model: ModelProto, path: Path, base: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(path))
     except onnx.checker.ValidationError as error:
-        try:
-            onnx.checker.check_model(os.fspath(base))
-        except onnx.checker.ValidationError as reason:
-            raise SourceError(f"not a valid model: {reason}", path=str(base)) from reason
         raise InternalError(f"the model that was made is not valid: {error}") from error

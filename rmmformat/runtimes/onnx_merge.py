@@ -196,7 +196,7 @@ def _write(
                             _merge_outside(copy, tensor, loaded[target], site, target)
                 made.append(target_file)
             _relocate(model, copies)
-            write_checked(model, temporary, base)
+            write_checked(model, temporary)
         except BaseException:
             for target_file in made:
                 target_file.unlink(missing_ok=True)

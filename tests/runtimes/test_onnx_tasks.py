@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from rmmformat.cli.main import main
 from rmmformat.converters.base import Options
 from rmmformat.converters.registry import get_exporter
 from rmmformat.errors import (
+    InternalError,
     LossyConversionError,
     NotFoundError,
     OptionError,
     RmmError,
     SourceError,
+    UnsupportedError,
 )
 from rmmformat.model import Factors, Role
 from rmmformat.runtimes import onnx as runtime
@@ -282,6 +287,92 @@ def test_inputs_of_another_dtype_than_the_activations(base: Path, tmp_path: Path
             assert with_adapter(path, file, {"x": X2}).tobytes() == got.tobytes()
     with pytest.raises(OptionError, match="'f64' is not one of"):
         runtime.prepare(base, tmp_path / "x.onnx", collection=collection, dtype="f64")
+
+
+def test_a_prepared_model_needs_no_onnx(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = factors()
+    collection = collection_of(tmp_path, Task("t", {"first": f}))
+    runtime.prepare(base, tmp_path / "p.onnx", collection=collection)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnx" else NotImplemented
+    )
+    (got,) = runtime.Session(tmp_path / "p.onnx", collection).run("t", {"x": X2})
+    assert np.abs(got - expected(delta(f))).max() < 1e-5
+    for act in (
+        lambda: runtime.Session(base, collection),
+        lambda: runtime.prepare(base, tmp_path / "q.onnx", collection=collection),
+    ):
+        with pytest.raises(UnsupportedError, match="onnx, which is not installed"):
+            act()
+
+
+def test_targets_of_a_prepared_model_match_by_prefix_and_by_name(tmp_path: Path) -> None:
+    model = network()
+    for item in model.graph.initializer:
+        old, item.name = item.name, f"net.{item.name}"
+        for user in model.graph.node:
+            user.input[:] = [item.name if name == old else name for name in user.input]
+    onnx.save(model, tmp_path / "base.onnx")
+    runtime.prepare(tmp_path / "base.onnx", tmp_path / "p.onnx", targets=["first", "second"])
+    f = factors()
+    collection = collection_of(tmp_path, Task("t", {"first": f}), Task("u", {"other": f}))
+    session = runtime.Session(tmp_path / "p.onnx", collection)
+    assert np.abs(session.run("t", {"x": X2})[0] - expected(delta(f))).max() < 1e-5
+    with pytest.raises(NotFoundError, match="no inputs for target 'other'"):
+        session.run("u", {"x": X2})
+    session = runtime.Session(tmp_path / "p.onnx", collection, names={"other": "net.first"})
+    assert np.abs(session.run("u", {"x": X2})[0] - expected(delta(f))).max() < 1e-5
+    session = runtime.Session(tmp_path / "p.onnx", collection, names={"other": "net.second"})
+    with pytest.raises(SourceError, match="32 inputs and 16 outputs, the model has 16 and 16"):
+        session.run("u", {"x": X2})
+
+
+def test_values_too_large_for_the_model_s_dtype_are_no_infinities(
+    base: Path, tmp_path: Path
+) -> None:
+    f = factors()
+    f.A[0, 0] = 1e6
+    collection = collection_of(tmp_path, Task("t", {"first": f}))
+    runtime.prepare(base, tmp_path / "p.onnx", collection=collection, dtype="f16")
+    with pytest.raises(LossyConversionError, match="too large for f16"):
+        runtime.Session(tmp_path / "p.onnx", collection).run("t", {"x": X2})
+    lent = runtime.adapter_file(collection, "t", tmp_path / "p.onnx")
+    with pytest.raises(LossyConversionError, match="too large"), lent:
+        pass
+
+
+def test_damaged_models_are_one_error_each(headed: Path, tmp_path: Path) -> None:
+    """Bytes of a model changed at random: an error of ours, or a model that is still one."""
+    task, _ = head_task("five", 5)
+    collection = collection_of(tmp_path, task)
+    whole = headed.read_bytes()
+    start = whole.find(W.tobytes()[:64])
+    places = [*range(start), *range(start + W.nbytes, len(whole))]  # its values may be anything
+    rng = np.random.default_rng(0)
+    path, out = tmp_path / "bad.onnx", tmp_path / "out.onnx"
+    errors: list[RmmError] = []
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.choice(places, rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        with suppressed(errors):
+            runtime.prepare(path, out, collection=collection, force=True)
+        with suppressed(errors):
+            runtime.merge(path, collection, "five", out, force=True)
+    assert len(errors) > 200
+    assert not [error for error in errors if isinstance(error, InternalError)]
+
+
+@contextlib.contextmanager
+def suppressed(errors: list[RmmError]) -> Iterator[None]:
+    try:
+        yield
+    except RmmError as error:
+        errors.append(error)
 
 
 # --- adapter files --------------------------------------------------------------------------------
