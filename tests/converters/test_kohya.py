@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -151,13 +152,15 @@ def test_one_file_with_several_components_is_one_task(place):
 @pytest.mark.parametrize(
     ("alpha", "scale"), [(1.0, 0.25), (4.0, 1.0), (0.3, 0.075), (-2.0, -0.5), (0.0, 0.0)]
 )
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_alpha_over_rank_of_each_layer(place, alpha, scale, dtype, shape):
-    tensors = pair(Q, rank=4)
+    tensors = pair(Q, rank=4, dtype=dtype)
     tensors[f"{Q}.alpha"] = np.full(shape, alpha, dtype)
     task = place.read({**tensors, **pair(K, rank=2, alpha=2.0)})
-    assert task.targets[Q].scale == pytest.approx(scale, rel=1e-3)
+    assert task.targets[Q].scale == float(np.asarray(alpha, dtype)) / 4
+    assert task.targets[Q].scale == pytest.approx(scale, rel=5e-3)
+    assert task.factors(Q).B.dtype == dtype
     assert task.targets[K].scale == 1.0
 
 
