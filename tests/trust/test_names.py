@@ -107,6 +107,10 @@ def test_names_that_look_alike_do_not_take_each_others_place(tmp_path: Path) -> 
             assert (value == factors.A).all()
 
 
+POSIX = pytest.mark.skipif(os.name == "nt", reason="pipes, devices and links of POSIX")
+
+
+@POSIX
 @pytest.mark.parametrize("force", [False, True])
 def test_nothing_takes_the_place_of_a_device_or_a_pipe(force: bool, tmp_path: Path) -> None:
     pipe, unix = tmp_path / "pipe", tmp_path / "socket"
@@ -134,6 +138,7 @@ def test_nothing_takes_the_place_of_a_device_or_a_pipe(force: bool, tmp_path: Pa
     listener.close()
 
 
+@POSIX
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     source, victim = tmp_path / "x.rmm", tmp_path / "victim"
     rmm.convert([task_called("task")], source, exact=True)
