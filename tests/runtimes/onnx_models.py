@@ -345,3 +345,56 @@ FORMS = {
     ),
     "embedding": Form(_embedding, IDS, kind=TargetKind.EMBEDDING),
 }
+
+
+# --- a network, and what is run with it ----------------------------------------------------------
+
+W2 = np.random.default_rng(5).standard_normal((N_OUT, N_OUT)).astype(np.float32) / 4
+
+
+def network(*, head: bool = False) -> onnx.ModelProto:
+    """Two layers, and a head of three classes."""
+    nodes = [
+        node("MatMul", "x first.weight", "a"),
+        node("Tanh", "a", "t"),
+        node("MatMul", "t second.weight", "h" if head else "y"),
+    ]
+    constants = {"first.weight": W, "second.weight": W2}
+    if head:
+        nodes.append(node("Gemm", "h head.weight head.bias", "y", transB=1))
+        constants |= {"head.weight": np.ascontiguousarray(W2[:3]), "head.bias": BIAS[:3]}
+    return model_of(nodes, constants)
+
+
+def expected(first: np.ndarray | float = 0.0, second: np.ndarray | float = 0.0) -> np.ndarray:
+    result: np.ndarray = np.tanh(X2 @ (W + first)) @ (W2 + second)
+    return result
+
+
+def second(seed: int = 0, rank: int = 4, scale: float = 1.0) -> Factors:
+    return factors(seed, rank, scale, n_in=N_OUT)
+
+
+def head_task(name: str, n_classes: int, *, bias: bool = True) -> tuple[Task, np.ndarray]:
+    rng = np.random.default_rng(n_classes)
+    weight = rng.standard_normal((n_classes, N_OUT)).astype(np.float16)
+    values = {"head.weight": (Role.MODULE, weight)}
+    shift = BIAS[:3]
+    if bias:
+        shift = rng.standard_normal(n_classes).astype(np.float16)
+        values["head.bias"] = (Role.MODULE, shift)
+    f = factors(n_classes)
+    want = expected(delta(f)) @ weight.astype(np.float32).T + shift
+    return Task(name, {"first": f}, privates=values), want
+
+
+def with_adapter(model: Path, adapter: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    loaded = onnxruntime.LoraAdapter()
+    loaded.Load(str(adapter))
+    active = onnxruntime.RunOptions()
+    active.add_active_adapter(loaded)
+    result: np.ndarray = session.run(None, feeds, active)[0]
+    return result
