@@ -13,7 +13,15 @@ NATIVE = Path("native")
 FLAGS = (
     ["/O2", "/fp:precise"]
     if sys.platform == "win32"
-    else ["-O3", "-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    else [
+        "-O3",
+        "-ffp-contract=off",
+        "-fno-fast-math",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+        "-fvisibility=hidden",
+    ]
 )
 
 setup(

@@ -36,7 +36,7 @@ DEFAULT_RANK = 16
 _EXACT_WORK = 1 << 28
 _OVERSAMPLE = 16
 #: What the directions may still miss: this part of the squared error of the truncation.
-_TOLERANCE = 2e-4
+_TOLERANCE = 5e-5
 _LIMIT = 60  # rounds
 _BLOCK = 1 << 22  # values that are looked at together
 
@@ -132,8 +132,8 @@ def extract(delta: F32, criterion: Criterion, svd: Svd = "auto", seed: int = 0) 
         How many components are kept; never fewer than one, nor such as hold nothing but rounding.
     svd
         ``"exact"``: LAPACK's, all of it.  ``"random"``: subspace iteration, to which float32 and a
-        tolerance of 1e-4 of the error are the limits.  ``"auto"``: exact where that takes less than
-        a second or a quarter of all components is wanted, else random.
+        tolerance of some 1e-4 of the error are the limits.  ``"auto"``: exact where that takes less
+        than a second or a quarter of all components is wanted, else random.
     seed
         Of the random start.
 
@@ -219,7 +219,7 @@ def _subspace(delta: F32, total: float, k: int, width: int, seed: int) -> _Tripl
     rng = np.random.default_rng(seed)
     start = rng.standard_normal((delta.shape[1], width), dtype=np.float32)
     q = np.linalg.qr(delta @ start)[0]
-    held, gain = 0.0, math.inf
+    held, gain = -math.inf, math.inf
     for _ in range(_LIMIT):
         other, small = np.linalg.qr(delta.T @ q)
         left, s, right = np.linalg.svd(small.T)
