@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.registry import collect
@@ -32,11 +32,10 @@ from rmmformat.model import (
 )
 from rmmformat.remote import shown, transport_errors, url_to_fs
 from rmmformat.remote_download import download
+from rmmformat.remote_listing import check_part, list_files
 
 __all__ = ["FetchedTask", "open_fetched", "result_file"]
 
-#: Entries of a folder that are looked at, and how deep: adapters lie at most two folders down.
-_MOST_FILES, _DEPTH = 20_000, 3
 #: Files that are sources by themselves; others name a folder.
 _SINGLE = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -159,7 +158,7 @@ def open_fetched(
     stem = unquote(PurePosixPath(urlsplit(shown(url)).path).name) or "adapter"
     if stem in _ADAPTER:  # one file of an adapter stands for its folder
         return open_fetched(url.rpartition(stem)[0], name=name, kind=kind, options=options)
-    _check_part(stem, url)
+    check_part(stem, url)
     place.local = place.root / stem
     left: dict[PurePosixPath, list[str]] = {}
     if stem.endswith(_SINGLE):
@@ -179,7 +178,7 @@ def open_fetched(
 def _fetch_folder(fs: Any, path: str, local: Path, url: str) -> dict[PurePosixPath, list[str]]:
     """Fetch what importers read; gives the names that were left, by folder."""
     folders: dict[PurePosixPath, list[str]] = {}
-    for relative in _list(fs, path, url):
+    for relative in list_files(fs, path, url):
         folders.setdefault(relative.parent, []).append(relative.name)
     left: dict[PurePosixPath, list[str]] = {}
     for folder, names in sorted(folders.items()):
@@ -188,9 +187,15 @@ def _fetch_folder(fs: Any, path: str, local: Path, url: str) -> dict[PurePosixPa
         for name in sorted(wanted):
             target = local / folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            remote = f"{path}/{(folder / name).as_posix()}"
-            download(fs, remote, target, f"{url.rstrip('/')}/{(folder / name).as_posix()}")
-    if not any(local.iterdir()):
+            below = (folder / name).as_posix()
+            remote = f"{path}/{quote(below) if 'http' in fs.protocol else below}"
+            try:
+                download(fs, remote, target, f"{url.rstrip('/')}/{below}")
+            except RemoteError as error:
+                if error.status != 404:  # the importer says what it misses
+                    raise
+                target.unlink(missing_ok=True)
+    if not any(entry.is_file() for entry in local.rglob("*")):
         raise SourceError("no adapter here that can be listed or fetched", path=shown(url))
     return left
 
@@ -208,35 +213,6 @@ def _wanted(names: list[str]) -> set[str]:
     if any(name in _ADAPTER for name in names):
         chosen = [name for name in chosen if name.startswith("adapter_")]
     return set(chosen)
-
-
-def _list(fs: Any, path: str, url: str) -> list[PurePosixPath]:
-    """Files below a folder, relative to it."""
-    with transport_errors(url):
-        try:
-            found = fs.find(path if "http" not in fs.protocol else f"{path}/", maxdepth=_DEPTH)
-        except FileNotFoundError:
-            found = []
-        if not found and "http" in fs.protocol:
-            found = [f"{path}/{name}" for name in _ADAPTER[:2] if fs.exists(f"{path}/{name}")]
-    if len(found) > _MOST_FILES:
-        raise SourceError(f"holds {len(found)} files", path=shown(url))
-    prefix = fs._strip_protocol(path).rstrip("/") + "/"
-    files = []
-    for entry in found:
-        text = entry.partition("?")[0].partition("#")[0]
-        if not text.startswith(prefix) or text.endswith("/"):
-            continue  # a link to elsewhere
-        relative = PurePosixPath(unquote(text[len(prefix) :]))
-        for part in relative.parts:
-            _check_part(part, url)
-        files.append(relative)
-    return files
-
-
-def _check_part(part: str, url: str) -> None:
-    if part in ("", ".", "..") or any(c in part for c in "/\\:\0") or len(part.encode()) > 255:
-        raise SourceError(f"{part[:80]!r} cannot be the name of a file", path=shown(url))
 
 
 # -- results --------------------------------------------------------------------------------------

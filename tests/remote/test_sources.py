@@ -147,6 +147,61 @@ def test_links_stay_within_the_folder(server: Server, link: str, temporary: Path
     assert not (temporary.parent / "escape.json").exists()
 
 
+def test_a_listing_that_does_not_end(server: Server) -> None:
+    def endless(handler: Handler, request: Request) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/html")
+        handler.end_headers()
+        handler.close_connection = True
+        while request.n_sent < 1 << 30:
+            handler.wfile.write(b"<a href=x>" * 100_000)
+            request.n_sent += 1_000_000
+        return True
+
+    server.trick = endless
+    with pytest.raises(RemoteError, match="a page that lists a folder"):
+        open_sources(server.url("hub"))
+    assert server.n_bytes < 64 << 20
+
+
+def test_folders_without_end(server: Server) -> None:
+    """Every folder lists more folders: it ends at the depth that adapters may have."""
+
+    def deeper(handler: Handler, request: Request) -> bool:
+        if not request.path.startswith("hub"):
+            return False
+        body = b'<a href="a/">a</a><a href="b/">b</a><a href="../">up</a><a href="/hub/">top</a>'
+        handler.send(request, 200, body, {"Content-Type": "text/html"})
+        return True
+
+    server.trick = deeper
+    with pytest.raises(RmmError):
+        open_sources(server.url("hub"))
+    assert len(server.requests) < 20
+
+
+def test_names_that_need_escapes(server: Server, demo_adapters: Path) -> None:
+    for path in (demo_adapters / "bbc").iterdir():
+        server.files[f"hub/my adapter #1/{path.name}"] = path.read_bytes()
+
+    def page(handler: Handler, request: Request) -> bool:
+        if request.path not in ("hub/", "hub/my adapter #1/"):
+            return False
+        names = (
+            ["my%20adapter%20%231/"]
+            if request.path == "hub/"
+            else sorted(name.rpartition("/")[2] for name in server.files)
+        )
+        body = "".join(f'<a href="{name}">x</a>' for name in names).encode()
+        handler.send(request, 200, body, {"Content-Type": "text/html"})
+        return True
+
+    server.trick = page
+    (task,) = open_sources(server.url("hub/"))
+    assert task.name == "my adapter #1"
+    assert task.factors(next(iter(task.targets))).rank == 16
+
+
 def test_a_source_that_does_not_end(
     adapters: str, server: Server, monkeypatch: pytest.MonkeyPatch, temporary: Path
 ) -> None:
