@@ -254,7 +254,7 @@ def _weight(scope: Scope, name: str) -> Weight | None:
         name = node.input[0]
 
 
-_TAIL = re.compile(r"\.weight(?:$|[._](?:quantized|transposed|fp16|Q\d\w*|q\d\w*|t|T)?$)")
+_TAIL = re.compile(r"\.weight(?:$|[._](?:quantized|transposed|fp16|q\d\w*|t)$)", re.IGNORECASE)
 
 
 def _names(node: NodeProto, weight: Weight, bias: str) -> dict[str, str]:

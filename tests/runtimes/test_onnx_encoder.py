@@ -27,7 +27,7 @@ from rmmformat.collection import Collection, StoredTask
 from rmmformat.converters.base import Options
 from rmmformat.converters.casting import CastTask
 from rmmformat.converters.registry import get_exporter
-from rmmformat.errors import NotFoundError
+from rmmformat.errors import LossyConversionError, NotFoundError
 from rmmformat.model import Factors
 from rmmformat.runtimes import onnx as runtime
 
@@ -402,6 +402,30 @@ def test_a_merged_model_says_what_the_task_says(
         assert set(report.parameters) == {"classifier.weight", "classifier.bias"}
         got = plain(tmp_path / f"{task}.onnx").run(None, feeds)[0]
         assert np.abs(got - originals[task]).max() < 1e-4
+
+
+def test_a_model_that_was_quantised_by_the_runtime_s_own_tool(
+    base: Path, exact: Collection, tmp_path: Path, feeds: dict[str, np.ndarray]
+) -> None:
+    """The head is quantised, too, so it is left to the caller; deltas stay in float."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantised = tmp_path / "quantised.onnx"
+    quantize_dynamic(base, quantised, weight_type=QuantType.QInt8)
+    nodes = [node.op_type for node in onnx.load(quantised).graph.node]
+    assert nodes.count("MatMulInteger") == 38
+    with pytest.raises(LossyConversionError, match=r"classifier\.(weight|bias)"):
+        runtime.Session(quantised, exact).run("bbc", feeds)
+    moved = {}
+    for path in (base, quantised):
+        prepared = tmp_path / f"{path.stem}.prepared.onnx"
+        runtime.prepare(path, prepared, targets=["query", "value"])
+        session = runtime.Session(prepared, exact, drop_private=True)
+        (without,) = session.run(None, feeds)
+        assert without.tobytes() == plain(path).run(None, feeds)[0].tobytes()
+        moved[path] = np.stack([session.run(task, feeds)[0] - without for task in LABELS])
+    off = np.linalg.norm(moved[quantised] - moved[base]) / np.linalg.norm(moved[base])
+    assert off < 0.25  # what tasks do is what they do to the float model, but for the base's steps
 
 
 def test_the_guide_runs(base: Path, demo_adapters: Path, tmp_path: Path) -> None:

@@ -78,10 +78,11 @@ def test_one_short_name_is_not_taken_for_a_long_one(tmp_path: Path) -> None:
 def test_names_that_quantisers_and_exporters_append(tmp_path: Path) -> None:
     model = chain(
         ("model.layers.0.q.MatMul.weight", ""), ("onnx::MatMul_9", "/model/layers.1/q/MatMul"),
-        ("model.layers.2.q.weight_transposed", ""),
+        ("model.layers.2.q.weight_transposed", ""), ("model.layers.3.q.weight_Transposed", ""),
+        ("model.layers.4.q.weight_Q4", ""),
     )  # fmt: skip
-    assert set(weights_of(model, [f"model.layers.{i}.q" for i in range(3)], tmp_path)) == {
-        f"model.layers.{i}.q" for i in range(3)
+    assert set(weights_of(model, [f"model.layers.{i}.q" for i in range(5)], tmp_path)) == {
+        f"model.layers.{i}.q" for i in range(5)
     }
 
 
