@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import DoraCaching
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -119,6 +122,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "head": [{"modules_to_save": ["head"]}, {"modules_to_save": ["head", "norm"]}, {}],
     "biases": [{"bias": "all"}, {"bias": "lora_only"}, {}],
     "bias of B": [{"lora_bias": True}, {"lora_bias": True, "lora_alpha": 2}, {}],
+    "bias of some B": [{"lora_bias": True, "target_modules": ["up"]}, {"target_modules": ["mix"]}],
     "dora": [
         {"use_dora": True, "target_modules": ["emb", "up", "mix", "conv"]},
         {"use_dora": True, "target_modules": ["up", "conv"]},
@@ -139,6 +143,7 @@ def test_any_task_after_any_switches_is_that_task(case: str, tmp_path: Path) -> 
     for task in collection.tasks:
         model = Tiny().eval()
         runtime.load(model, collection, task)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
         fresh[task], said[task] = state(model), run(model)
         assert torch.allclose(said[task], peft_says(tmp_path, task), rtol=1e-5, atol=1e-6)
         assert (said[task] - plain).abs().max() > 1e-3 or case == "zero scale"
@@ -567,6 +572,27 @@ def test_an_adapter_that_is_merged_or_gone(tmp_path: Path) -> None:
     other.mix = Conv1D(8, 12)
     with pytest.raises(RmmError, match="no longer"):
         runtime.switch(other, collection, "task1")
+
+
+def test_norms_that_peft_keeps_for_dora_are_forgotten(tmp_path: Path) -> None:
+    collection = collection_of(tmp_path, {"use_dora": True}, {"use_dora": True, "r": 2})
+    model = Tiny().eval()
+    runtime.load(model, collection, "task0")
+    with DoraCaching():
+        for task in ("task0", "task1", "task0"):
+            runtime.switch(model, collection, task)
+            assert torch.allclose(run(model), peft_says(tmp_path, task), atol=1e-6)
+
+
+def test_without_peft(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "import rmmformat as rmm\n"
+        "try: rmm.runtimes.peft.load(None, None, 'task')\n"
+        "except rmm.RmmError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'rmmformat[peft]'" in done.stdout
 
 
 # --- compiled models ------------------------------------------------------------------------------
