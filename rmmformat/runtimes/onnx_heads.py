@@ -84,7 +84,18 @@ def find_parameters(
             found[tensor.name] = Replaceable(
                 (None, *(a if a == b else None for a, b in sides)), FLOAT_TYPES[tensor.data_type]
             )
+    _keep_together(found, places, left)
     return found, places, left
+
+
+def _keep_together(
+    found: dict[str, Replaceable], places: dict[str, str], left: dict[str, str]
+) -> None:
+    """Leave a module's bias where its weight is left: half a head of a task is nobody's head."""
+    broken = {name.rpartition(".")[0]: name for name in left}
+    for name in [name for name in places if name.rpartition(".")[0] in broken]:
+        left[name] = f"{broken[name.rpartition('.')[0]]!r} of the same module has no place"
+        found.pop(places.pop(name), None)
 
 
 def _reason(

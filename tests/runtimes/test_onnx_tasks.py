@@ -29,8 +29,10 @@ from rmmformat.model import Role
 from rmmformat.runtimes import onnx as runtime
 
 from .onnx_models import (
+    BIAS,
     N_IN,
     N_OUT,
+    W2,
     X2,
     Task,
     W,
@@ -161,6 +163,29 @@ def test_a_head_that_the_model_lacks_is_offered_and_never_dropped_in_silence(
     head = session.privates("five")
     logits = hidden @ head["head.weight"].astype(np.float32).T + head["head.bias"]
     assert np.abs(logits - want).max() < 1e-4
+
+
+def test_half_a_head_is_left_whole(tmp_path: Path) -> None:
+    """Where the model has no place for the weight, the bias is not replaced alone."""
+    model = network(head=True)
+    for item in model.graph.initializer:
+        if item.name == "head.weight":
+            item.name = "onnx::Gemm_9"
+    model.graph.node[-1].input[1] = "onnx::Gemm_9"
+    onnx.save(model, tmp_path / "base.onnx")
+    task, _ = head_task("three", 3)
+    collection = collection_of(tmp_path, task)
+    report = runtime.prepare(tmp_path / "base.onnx", tmp_path / "p.onnx", collection=collection)
+    assert report.parameters == ()
+    assert report.left == {
+        "head.bias": "'head.weight' of the same module has no place",
+        "head.weight": "no initialiser has its name",
+    }
+    session = runtime.Session(tmp_path / "base.onnx", collection, drop_private=True)
+    assert set(session.privates("three")) == {"head.weight", "head.bias"}
+    (got,) = session.run("three", {"x": X2})
+    want = expected(delta(factors(3))) @ W2[:3].T + BIAS[:3]  # the base's own head
+    assert np.abs(got - want).max() < 1e-5
 
 
 def test_magnitudes_have_no_place_in_a_graph(base: Path, tmp_path: Path) -> None:
