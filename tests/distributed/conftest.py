@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("distributed")
-
 
 class Cluster:
     """Scheduler and workers as processes; every one has a single thread."""

@@ -310,7 +310,17 @@ def test_compare_takes_an_executor(adapters: list[Path]) -> None:
     found = []
     for count in ("1", "2"):
         sources = list(map(os.fspath, adapters[:2]))
-        arguments = ["compare", *sources, "--methods", "planned", "--json", "--workers", count]
+        arguments = [
+            "compare",
+            *sources,
+            "--methods",
+            "planned",
+            "--size",
+            "0.1",
+            "--json",
+            "--workers",
+            count,
+        ]
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
         rows = json.loads(result.stdout)["rows"]
