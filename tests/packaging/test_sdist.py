@@ -70,3 +70,14 @@ def test_what_a_build_needs_is_in_it(packed: list[str]) -> None:
         "tests/data/demo-adapters/imdb/adapter_config.json",
     }
     assert needed - set(packed) == set()
+
+
+def test_every_package_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "rmmformat").rglob("__init__.py")
+    }
+    assert listed == found | {"rmmformat.converters"}
