@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import tempfile
 import threading
 import uuid
 from pathlib import Path
@@ -287,3 +289,23 @@ def test_collections_of_urls_are_collections(server: Server, shared_file: Path) 
     with rmm.open(serve(server, shared_file)) as remote:
         assert isinstance(remote, Collection)
         assert "12 tasks" in repr(remote)
+
+
+def test_systems_without_files_in_memory(
+    server: Server, shared_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
+    with rmm.open(serve(server, shared_file)) as remote:
+        assert list(tmp_path.iterdir()) == []  # it has no name any more
+        assert equal(remote.load("task7"), local_load(shared_file, "task7"))
+
+
+def test_caches_take_remote_collections(server: Server, shared_file: Path) -> None:
+    with rmm.open(serve(server, shared_file)) as remote:
+        cache = rmm.TaskCache(remote, 64 << 20)
+        want = local_load(shared_file, "task9")
+        for _ in range(2):
+            got = cache.get("task9")
+            assert all(np.array_equal(got[key].A, want[key].A) for key in want)
+        assert len(server.requests) == 4
