@@ -14,6 +14,7 @@ that devices need no care: parameters follow ``model.to(...)`` as always.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from rmmformat.runtimes.peft_live import LiveAdapter
 
 __all__ = ["find", "load", "switch", "unload"]
+
+OLDEST_PEFT = (0, 21)
 
 
 def load(
@@ -197,9 +200,17 @@ def unload(model: nn.Module, adapter_name: str | None = None) -> None:
 
 def _need_libraries() -> None:
     try:
-        import peft  # noqa: F401
+        import peft
     except ImportError as error:
         raise UnsupportedError(
             f"adapters in torch models need PEFT: {error}",
             hint="Install it: pip install 'rmmformat[peft]'.",
         ) from error
+    # Earlier ones activate and freeze a second adapter of a model in other ways.
+    version = tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:2])
+    if version < OLDEST_PEFT:
+        raise UnsupportedError(
+            f"adapters in torch models need PEFT {'.'.join(map(str, OLDEST_PEFT))} or later, and "
+            f"{peft.__version__} is installed",
+            hint="Update it: pip install --upgrade peft.",
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -593,6 +594,18 @@ def test_without_peft(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'rmmformat[peft]'" in done.stdout
+
+
+def test_an_old_peft_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = collection_of(tmp_path, {})
+    monkeypatch.setattr(peft, "__version__", "0.18.0")
+    model = Tiny()
+    refused(
+        model,
+        UnsupportedError,
+        "PEFT 0.21 or later, and 0.18.0",
+        lambda: runtime.load(model, collection, "task0"),
+    )
 
 
 # --- compiled models ------------------------------------------------------------------------------
