@@ -14,7 +14,7 @@ from rmmformat.errors import NotFoundError, OptionError, SourceError, Unsupporte
 from rmmformat.model import TargetShape
 from rmmformat.runtimes.onnx_files import load_model, save_model
 from rmmformat.runtimes.onnx_graph import Site, find_sites
-from rmmformat.runtimes.onnx_heads import find_parameters
+from rmmformat.runtimes.onnx_heads import find_modules, find_parameters, module_parameters
 from rmmformat.runtimes.onnx_match import match_patterns, match_targets
 from rmmformat.runtimes.onnx_prepare import check_unprepared, insert_inputs
 
@@ -155,9 +155,11 @@ def prepare_model(
     matching = match_targets(sites, wanted, names, path=path)
     if matching.unmatched and not allow_unmatched:
         raise unmatched_error(matching.unmatched, sites, path)
-    tasks = () if collection is None else map(collection.source, collection.tasks)
+    tasks = [] if collection is None else list(map(collection.source, collection.tasks))
     parameters, _, left = find_parameters(model, tasks, sites)
-    interface = insert_inputs(model, wanted, matching.sites, parameters, dtype, path)
+    modules = find_modules(tasks, sites, left)
+    parameters |= module_parameters(modules)
+    interface = insert_inputs(model, wanted, matching.sites, parameters, modules, dtype, path)
     prepared = {
         target: PreparedTarget(
             found[0].weight.name,

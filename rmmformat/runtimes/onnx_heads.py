@@ -4,10 +4,14 @@ A replaceable parameter keeps its initialiser, a constant, which ONNX Runtime pa
 input would change bits of the base.  Beside it there is an input ``NAME.task``, empty by default,
 and each node that uses the parameter becomes an If: with the task's value where there is one, as it
 was where there is none.
+
+A linear layer whose weight is quantised, transposed or anonymous is replaced as a whole: an If
+behind it gives the result of the task's own layer, or that of the base's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,15 +22,22 @@ from rmmformat.converters.onnx_names import (
     best_matches,
     parameter_input,
 )
-from rmmformat.model import Array, SourceTask
-from rmmformat.runtimes.onnx_graph import FLOAT_TYPES, Scope, Site, scopes_of
+from rmmformat.model import Array, SourceTask, TargetKind
+from rmmformat.runtimes.onnx_graph import FLOAT_TYPES, Scope, Site, after_bias, scopes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["find_parameters", "open_parameters", "replace_parameter"]
+__all__ = [
+    "Module",
+    "find_modules",
+    "find_parameters",
+    "module_parameters",
+    "open_parameters",
+    "replace_parameter",
+]
 
 #: Operators whose outputs have the dtype of the parameter.
 _OPERATORS = frozenset(
@@ -34,6 +45,14 @@ _OPERATORS = frozenset(
      "SimplifiedLayerNormalization", "RMSNormalization"}
 )  # fmt: skip
 _CODES = {name: code for code, name in FLOAT_TYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A linear layer that tasks replace, and whether they give it a bias."""
+
+    site: Site
+    biased: bool
 
 
 def find_parameters(
@@ -96,6 +115,55 @@ def _keep_together(
     for name in [name for name in places if name.rpartition(".")[0] in broken]:
         left[name] = f"{broken[name.rpartition('.')[0]]!r} of the same module has no place"
         found.pop(places.pop(name), None)
+
+
+def find_modules(
+    tasks: Iterable[SourceTask], sites: list[Site], left: dict[str, str]
+) -> dict[str, Module]:
+    """Find linear layers that tasks replace whose weights have no initialiser of their own name.
+
+    Quantised, transposed and anonymous weights are like that.  What a layer takes of the tasks is
+    no longer ``left`` afterwards.
+
+    Returns
+    -------
+    dict
+        By the path of the module.
+    """
+    shapes: dict[str, list[dict[str, tuple[int, ...]]]] = {}
+    for task in tasks:
+        parts: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, info in task.privates.items():
+            stem, _, part = name.rpartition(".")
+            if name in left and info.role in PARAMETER_ROLES:
+                parts.setdefault(stem, {})[part] = info.shape
+        for stem, found in parts.items():
+            shapes.setdefault(stem, []).append(found)
+    modules = {}
+    for stem, variants in shapes.items():
+        site = _linear_site(stem, sites)
+        if site is None:
+            continue
+        parts_of = {frozenset(found) for found in variants}
+        biased = len(parts_of) == 1 and parts_of == {frozenset({"weight", "bias"})}
+        bare = len(parts_of) == 1 and parts_of == {frozenset({"weight"})}
+        fits = all(found.get("weight", ())[1:] == (site.n_in,) for found in variants)
+        if fits and (biased or (bare and "bias" not in site.names)):
+            modules[stem] = Module(site, biased)
+            for part in parts_of.pop():
+                del left[f"{stem}.{part}"]
+    return modules
+
+
+def _linear_site(stem: str, sites: list[Site]) -> Site | None:
+    names = {name for site in sites for name in site.names.values()}
+    matches = set(best_matches(stem, names))
+    found = [site for site in sites if not matches.isdisjoint(site.names.values())]
+    if len(found) != 1 or found[0].kind is not TargetKind.LINEAR:
+        return None
+    site = found[0]
+    plain = site.scope.outer is None and not site.refusal and not site.data_transposed
+    return site if plain and site.dtype in FLOAT_TYPES else None
 
 
 def _reason(
@@ -171,8 +239,21 @@ def _lacks(node: NodeProto, weight: str) -> bool:
     )
 
 
-def open_parameters(model: ModelProto, parameters: Mapping[str, Replaceable]) -> None:
-    """Give a model the inputs for replaceable parameters, in place."""
+def module_parameters(modules: Mapping[str, Module]) -> dict[str, Replaceable]:
+    """Give the replaceable parameters of whole modules."""
+    found = {}
+    for stem, module in modules.items():
+        dtype = FLOAT_TYPES[module.site.dtype]
+        found[f"{stem}.weight"] = Replaceable((None, module.site.n_in), dtype)
+        if module.biased:
+            found[f"{stem}.bias"] = Replaceable((None,), dtype)
+    return found
+
+
+def open_parameters(
+    model: ModelProto, parameters: Mapping[str, Replaceable], modules: Mapping[str, Module]
+) -> None:
+    """Give a model the inputs for replaceable parameters, those of ``modules`` too, in place."""
     from onnx import TensorProto, helper
 
     graph = model.graph
@@ -195,13 +276,21 @@ def open_parameters(model: ModelProto, parameters: Mapping[str, Replaceable]) ->
         key = parameter_input(name)
         nodes.append(helper.make_node("Size", [key], [f"{key}.size"]))
         nodes.append(helper.make_node("Greater", [f"{key}.size", "lora.zero"], [f"{key}.given"]))
+    of_modules = module_parameters(modules)
+    alone = {name: item for name, item in parameters.items() if name not in of_modules}
+    results = {after_bias(module.site): stem for stem, module in modules.items()}
     for node in graph.node:
         inputs = list(node.input)
-        for name in parameters:
+        for name in alone:
             if name.endswith(".bias") and _lacks(node, name.removesuffix(".bias") + ".weight"):
                 inputs = [*inputs[:2], name]
-        used = [name for name in dict.fromkeys(inputs) if name in parameters]
-        nodes += _either(node, inputs, used, parameters) if used else [node]
+        used = [name for name in dict.fromkeys(inputs) if name in alone]
+        nodes += _either(node, inputs, used, alone) if used else [node]
+        for position, name in enumerate(node.output):
+            if name in results:
+                base = f"{results[name]}.lora.base"
+                nodes.append(_replaced(results[name], modules[results[name]], name, base))
+                node.output[position] = base
     copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
@@ -248,6 +337,27 @@ def _either(
         )
     )  # fmt: skip
     return nodes
+
+
+def _replaced(stem: str, module: Module, result: str, base: str) -> NodeProto:
+    """Make the If that gives a task's own layer where there is one, else the base's result."""
+    from onnx import helper
+
+    code = module.site.dtype
+    weight, bias = (parameter_input(f"{stem}.{part}") for part in ("weight", "bias"))
+    turned, product, own = (f"{stem}.lora.{part}" for part in ("turned", "product", "own"))
+    nodes = [
+        helper.make_node("Transpose", [weight], [turned], perm=[1, 0]),
+        helper.make_node("MatMul", [module.site.data, turned], [product if module.biased else own]),
+    ]
+    if module.biased:
+        nodes.append(helper.make_node("Add", [product, bias], [own]))
+    value = helper.make_tensor_value_info(own, code, None)
+    return helper.make_node(
+        "If", [f"{weight}.given"], [result], name=f"{stem}.lora",
+        then_branch=helper.make_graph(nodes, own, [], [value]),
+        else_branch=_passing(base, f"{stem}.lora.theirs", code),
+    )  # fmt: skip
 
 
 def _passing(source: str, output: str, code: int) -> GraphProto:

@@ -27,7 +27,7 @@ from rmmformat.converters.onnx_names import (
 from rmmformat.errors import OptionError, RmmError, UnsupportedError
 from rmmformat.model import TargetKind, TargetShape
 from rmmformat.runtimes.onnx_graph import FLOAT_TYPES, Site, after_bias
-from rmmformat.runtimes.onnx_heads import open_parameters
+from rmmformat.runtimes.onnx_heads import Module, open_parameters
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -68,6 +68,7 @@ def insert_inputs(
     targets: Mapping[str, TargetShape],
     sites: Mapping[str, Sequence[Site]],
     parameters: Mapping[str, Replaceable],
+    modules: Mapping[str, Module],
     dtype: str | None,
     path: str | None = None,
 ) -> Interface:
@@ -79,6 +80,8 @@ def insert_inputs(
         Of every target that gets inputs.
     parameters
         Initialisers that get inputs beside them (:mod:`rmmformat.runtimes.onnx_heads`).
+    modules
+        Linear layers, whose parameters are among them, that are replaced as a whole.
     dtype
         Of factors and scales; by default that of the sites' results, f32 where they differ.
 
@@ -123,7 +126,7 @@ def insert_inputs(
             editor.put_delta(site, _place(site, ranks), names)
     for graph, editor in editors.values():
         editor.apply(graph)
-    open_parameters(model, interface.parameters)
+    open_parameters(model, interface.parameters, modules)
     item = model.metadata_props.add()
     item.key, item.value = METADATA_KEY, interface.to_json()
     return interface

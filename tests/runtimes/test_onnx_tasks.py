@@ -42,6 +42,7 @@ from .onnx_models import (
     factors,
     head_task,
     network,
+    node,
     run,
     second,
     with_adapter,
@@ -165,27 +166,62 @@ def test_a_head_that_the_model_lacks_is_offered_and_never_dropped_in_silence(
     assert np.abs(logits - want).max() < 1e-4
 
 
-def test_half_a_head_is_left_whole(tmp_path: Path) -> None:
-    """Where the model has no place for the weight, the bias is not replaced alone."""
+def anonymous_head(bias: str) -> onnx.ModelProto:
+    """A head whose weight is turned and has no name of its own."""
     model = network(head=True)
+    del model.graph.node[-1]
+    turned = np.ascontiguousarray(W2[:3].T)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(turned, "onnx::MatMul_9"))
+    model.graph.node.append(node("MatMul", "h onnx::MatMul_9", "m", "/head/MatMul"))
+    model.graph.node.append(node("Add", f"m {bias}", "y"))
     for item in model.graph.initializer:
-        if item.name == "head.weight":
-            item.name = "onnx::Gemm_9"
-    model.graph.node[-1].input[1] = "onnx::Gemm_9"
-    onnx.save(model, tmp_path / "base.onnx")
-    task, _ = head_task("three", 3)
+        item.name = {"head.bias": bias, "head.weight": "unused"}.get(item.name, item.name)
+    return model
+
+
+def test_a_head_without_a_weight_of_its_name_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    base = tmp_path / "base.onnx"
+    onnx.save(anonymous_head("head.bias"), base)
+    made = [head_task("two", 2), head_task("five", 5)]
+    collection = collection_of(tmp_path, *(task for task, _ in made))
+    report = runtime.prepare(base, tmp_path / "p.onnx", collection=collection)
+    assert set(report.parameters) == {"head.weight", "head.bias"}
+    assert not report.left
+    onnx.checker.check_model(str(tmp_path / "p.onnx"))
+    session = runtime.Session(tmp_path / "p.onnx", collection)
+    before = run(base, {"x": X2})
+    for task, want in made + made:
+        (got,) = session.run(task.name, {"x": X2})
+        assert got.shape == want.shape
+        assert np.abs(got - want).max() < 1e-4
+        assert session.run(None, {"x": X2})[0].tobytes() == before.tobytes()
+    with pytest.raises(LossyConversionError, match="has no place"):
+        runtime.merge(base, collection, "five", tmp_path / "merged.onnx")
+
+
+def test_half_a_head_is_left_whole(tmp_path: Path) -> None:
+    """Where a task gives no bias, and the model has one, nothing is replaced."""
+    base = tmp_path / "base.onnx"
+    onnx.save(anonymous_head("head.bias"), base)
+    task, _ = head_task("three", 3, bias=False)
     collection = collection_of(tmp_path, task)
-    report = runtime.prepare(tmp_path / "base.onnx", tmp_path / "p.onnx", collection=collection)
+    report = runtime.prepare(base, tmp_path / "p.onnx", collection=collection)
     assert report.parameters == ()
-    assert report.left == {
-        "head.bias": "'head.weight' of the same module has no place",
-        "head.weight": "no initialiser has its name",
-    }
-    session = runtime.Session(tmp_path / "base.onnx", collection, drop_private=True)
-    assert set(session.privates("three")) == {"head.weight", "head.bias"}
+    assert report.left == {"head.weight": "no initialiser has its name"}
+    session = runtime.Session(base, collection, drop_private=True)
+    assert set(session.privates("three")) == {"head.weight"}
     (got,) = session.run("three", {"x": X2})
     want = expected(delta(factors(3))) @ W2[:3].T + BIAS[:3]  # the base's own head
     assert np.abs(got - want).max() < 1e-5
+    # And where only the bias has a place, it is not replaced alone.
+    model = anonymous_head("head.bias")
+    model.graph.node[-2].name = "somewhere"
+    model.graph.node[-1].CopyFrom(node("Sub", "m head.bias", "y"))
+    onnx.save(model, base)
+    collection = collection_of(tmp_path, head_task("three", 3)[0])
+    report = runtime.prepare(base, tmp_path / "q.onnx", collection=collection)
+    assert set(report.left) == {"head.weight", "head.bias"}
+    assert report.parameters == ()
 
 
 def test_magnitudes_have_no_place_in_a_graph(base: Path, tmp_path: Path) -> None:
