@@ -7,7 +7,7 @@ For a product ``y = x @ W`` with x (..., n_in) the graph then computes::
 The two signs matter: with factors of rank 0 the product is +0.0, and ``y - 0.0`` is y in every bit,
 which ``y + 0.0`` is not where y is -0.0.  A and B come as a collection reconstructs them, (rank,
 n_in) and (n_out, rank); ONNX Runtime turns the two transpositions and the products into its
-FusedMatMul, so they cost nothing.
+FusedMatMul, so they cost little (benchmarks/onnx_graph.py).
 """
 
 from __future__ import annotations
