@@ -196,7 +196,9 @@ def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
     parts, coefficients, restore = [], [], []
     for side in ([a for a, _ in pairs], [b.T for _, b in pairs]):
         # The stack is twice the factors of all tasks or more: one at a time, and gone after use.
-        part, numbers, terms = _shared(pad_rank(side, np.float64), ranks, method, code)
+        stack: npt.NDArray[np.float64] = pad_rank(side, np.float64)  # type: ignore[assignment]
+        part, numbers, terms = _shared(stack, ranks, method, code)
+        del stack
         parts.append(part)
         coefficients.append(numbers)
         restore.append(terms)

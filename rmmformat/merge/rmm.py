@@ -290,7 +290,7 @@ def reconstruct(
     return np.zeros((rank, shared.length), np.float32) if acc is None else acc
 
 
-def pad_rank(factors: Sequence[Array], dtype: npt.DTypeLike = None) -> Array:
+def pad_rank(factors: Sequence[Array], dtype: npt.DTypeLike | None = None) -> Array:
     """Stack factors of different rank into one array, missing rows zero.
 
     After reconstruction a task of rank r_t takes its first r_t rows.
