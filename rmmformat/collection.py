@@ -71,6 +71,7 @@ class Collection:
         #: Brings payload into the memory that `native` reads, where it is not all there.
         self._remote = remote
         self._pool = ArenaPool()
+        self._last_entries: tuple[int, Mapping[str, tuple[int, NativeEntry]]] | None = None
         self._header = header
         self.path = path
 
@@ -227,14 +228,12 @@ class Collection:
         if factor not in ("A", "B"):
             raise ShapeError(f"a factor is 'A' or 'B', got {factor!r}")
         number = self._task(task)
-        entries, _ = self._native.entries(number, 1)
-        names = [entry.target for entry in entries]
-        if target not in names:
+        entries = self._entries(number)
+        if target not in entries:
             raise NotFoundError(
-                f"task {task!r} has no target {target!r}", hint=nearest(target, tuple(names))
+                f"task {task!r} has no target {target!r}", hint=nearest(target, tuple(entries))
             )
-        position = names.index(target)
-        entry = entries[position]
+        position, entry = entries[target]
         want = (entry.rank, entry.n_in) if factor == "A" else (entry.n_out, entry.rank)
         if out.shape != want or not out.flags.c_contiguous or not out.flags.writeable:
             raise ShapeError(
@@ -245,6 +244,15 @@ class Collection:
         raw = out.reshape(-1).view(np.uint8)
         self._native.load_factor(number, position, "AB".index(factor), code, raw)
         return out
+
+    def _entries(self, number: int) -> Mapping[str, tuple[int, NativeEntry]]:
+        """Number and description of each of a task's entries; the last task's are kept."""
+        kept = self._last_entries  # callers take a task's targets one after the other
+        if kept is None or kept[0] != number:
+            entries, _ = self._native.entries(number, 1)
+            by_name = {entry.target: (place, entry) for place, entry in enumerate(entries)}
+            self._last_entries = kept = (number, by_name)
+        return kept[1]
 
     def privates(self, task: str) -> Mapping[str, Array]:
         """Private tensors of a task by name: read-only views on the file."""

@@ -190,3 +190,27 @@ def test_bytes_in_memory_are_a_file_too(path: Path) -> None:
     with rmm.open(path) as one, rmm.open(path.read_bytes()) as other:
         for target, factors in one.load("task0").items():
             assert np.array_equal(other.load("task0")[target].A, factors.A)
+
+
+def test_entries_are_listed_once_for_all_factors_of_a_task(tmp_path: Path) -> None:
+    class Counting:
+        def __init__(self, native: object) -> None:
+            self.native, self.listed = native, 0
+
+        def __getattr__(self, name: str) -> object:
+            self.listed += name == "entries"
+            return getattr(self.native, name)
+
+    path = tmp_path / "x.rmm"
+    convert(make_tasks(), path, choose_method(components=1))
+    with rmm.open(path) as collection:
+        for name in collection.tasks[:2]:
+            task = collection.source(name)
+            targets = list(task.targets)
+            counting = Counting(collection._native)
+            collection._native = counting  # type: ignore[assignment]
+            for target in targets:
+                task.factors(target)
+            collection._native = counting.native  # type: ignore[assignment]
+            assert len(targets) > 1
+            assert counting.listed == 1
