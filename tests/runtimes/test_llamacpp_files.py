@@ -179,6 +179,7 @@ def descriptors():
 def test_nothing_is_left_open(root, collection):
     with adapter_file(collection, "plain", root):
         pass
+    gc.collect()  # what earlier tests left behind
     before = descriptors()
     for task in collection.tasks:
         with adapter_file(collection, task, root) as path:
