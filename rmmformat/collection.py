@@ -414,7 +414,7 @@ def open_collection(
         return Collection(File.from_buffer(bytes(source) if copy else source), "")
     path = os.fspath(source)
     if is_url(path):
-        from rmmformat.remote_file import open_remote
+        from rmmformat.remote.file import open_remote
 
         return open_remote(path, storage_options)
     return while_growing(path, lambda: _read(path) if copy else _map(path))

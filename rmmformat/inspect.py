@@ -285,7 +285,7 @@ def validate_path(
         The file cannot be read.
     """
     if isinstance(path, str) and is_url(path):
-        from rmmformat.remote_download import downloaded
+        from rmmformat.remote.download import downloaded
 
         with downloaded(path, storage_options) as local:
             return validate_path(local, progress)

@@ -125,7 +125,7 @@ def open_sources(
     ----------
     sources
         A path, several, ``NAME=PATH`` strings, or a mapping of names to paths; or URLs in their
-        place, which are fetched (:mod:`rmmformat.remote_transfer`).
+        place, which are fetched (:mod:`rmmformat.remote.transfer`).
     kind
         The format of all; detected where None.
     options
@@ -144,7 +144,7 @@ def open_sources(
         given = [_named(source) for source in sources]
     if not any(is_url(place) for _, place in given):
         return collect([(n, Path(place)) for n, place in given], fmt=kind, options=options)
-    from rmmformat.remote_transfer import open_fetched
+    from rmmformat.remote.transfer import open_fetched
 
     tasks: list[SourceTask] = []
     for name, place in given:
@@ -206,7 +206,7 @@ def convert(
         As the sources, the container and the method have it; nothing is left behind.
     """
     if isinstance(path, str) and is_url(path):
-        from rmmformat.remote_transfer import result_file
+        from rmmformat.remote.transfer import result_file
 
         with result_file(path, overwrite=overwrite) as local:
             report = convert(

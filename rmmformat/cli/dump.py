@@ -8,7 +8,7 @@ from rmmformat.cli._exit import Verb
 from rmmformat.cli._render import print_json
 from rmmformat.collection import open_collection
 from rmmformat.format.dump import dump_fields
-from rmmformat.remote_download import local_file
+from rmmformat.remote.download import local_file
 
 __all__ = ["command"]
 

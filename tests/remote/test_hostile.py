@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import rmmformat as rmm
-from rmmformat import remote_ranges
 from rmmformat.errors import ChecksumError, FormatError, RemoteError, RmmError, UnsupportedError
+from rmmformat.remote import ranges as remote_ranges
 
 from .server import Handler, Request, Server
 
@@ -195,7 +195,7 @@ def test_a_file_cut_short(server: Server, url: str) -> None:
 def test_an_index_that_claims_too_much(
     server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rmmformat import remote_file
+    from rmmformat.remote import file as remote_file
 
     monkeypatch.setattr(remote_file, "_MOST_INDEX", 100)
     with pytest.raises(RemoteError, match="at most 100"):

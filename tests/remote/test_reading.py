@@ -20,7 +20,7 @@ from rmmformat.errors import NotFoundError, RmmError
 from rmmformat.format import layout
 from rmmformat.format.reader import Index
 from rmmformat.grow import add
-from rmmformat.remote_ranges import GAP, Request, coalesce
+from rmmformat.remote.ranges import GAP, Request, coalesce
 
 from ..product.conftest import make_tasks
 from .server import Handler, Server

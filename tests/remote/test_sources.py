@@ -205,7 +205,7 @@ def test_names_that_need_escapes(server: Server, demo_adapters: Path) -> None:
 def test_a_source_that_does_not_end(
     adapters: str, server: Server, monkeypatch: pytest.MonkeyPatch, temporary: Path
 ) -> None:
-    from rmmformat import remote_download
+    from rmmformat.remote import download as remote_download
 
     usage = type("Usage", (), {"free": 4 << 20})
     monkeypatch.setattr(remote_download.shutil, "disk_usage", lambda _path: usage)

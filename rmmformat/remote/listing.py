@@ -9,7 +9,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 from rmmformat.errors import RemoteError, SourceError
 from rmmformat.remote import shown, transport_errors
-from rmmformat.remote_ranges import CHUNK, http_get, refusal
+from rmmformat.remote.ranges import CHUNK, http_get, refusal
 
 __all__ = ["check_part", "list_files"]
 

@@ -23,8 +23,8 @@ from rmmformat.format import layout
 from rmmformat.format.reader import Extent, locate_index, while_growing
 from rmmformat.format.validate import Report, validate_bytes
 from rmmformat.remote import shown
-from rmmformat.remote_download import downloaded
-from rmmformat.remote_ranges import Ranges, open_ranges
+from rmmformat.remote.download import downloaded
+from rmmformat.remote.ranges import Ranges, open_ranges
 
 __all__ = ["RemoteFile", "open_remote"]
 #: Bytes of an index, and of what one task needs, that are fetched on a server's word.

@@ -1,8 +1,8 @@
 """Files that are elsewhere: what a URL is here, and how errors of its transport read.
 
 Anything that fsspec knows goes: ``https://``, ``s3://``, ``gs://``, ``memory://``, also chained
-(``simplecache::s3://``).  Reading an ``.rmm`` file is in :mod:`rmmformat.remote_file`, sources and
-results of conversions are in :mod:`rmmformat.remote_folders`.  Nothing here imports fsspec before
+(``simplecache::s3://``).  Reading an ``.rmm`` file is in :mod:`rmmformat.remote.file`, sources and
+results of conversions are in :mod:`rmmformat.remote.transfer`.  Nothing here imports fsspec before
 there is a URL.
 """
 

@@ -31,8 +31,8 @@ from rmmformat.model import (
     TargetInfo,
 )
 from rmmformat.remote import shown, transport_errors, url_to_fs
-from rmmformat.remote_download import download
-from rmmformat.remote_listing import check_part, list_files
+from rmmformat.remote.download import download
+from rmmformat.remote.listing import check_part, list_files
 
 __all__ = ["FetchedTask", "open_fetched", "result_file"]
 

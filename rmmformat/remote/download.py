@@ -13,7 +13,7 @@ from typing import Any
 
 from rmmformat.errors import RemoteError
 from rmmformat.remote import is_url, shown, transport_errors, url_to_fs
-from rmmformat.remote_ranges import CHUNK, PATIENCE, SLOWEST, http_get, refusal
+from rmmformat.remote.ranges import CHUNK, PATIENCE, SLOWEST, http_get, refusal
 
 __all__ = ["download", "downloaded", "local_file"]
 
