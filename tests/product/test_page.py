@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 import rmmformat as rmm
-from rmmformat import page_data
 from rmmformat.cli.main import main
 from rmmformat.methods import choose_method
 from rmmformat.model import Factors
 from rmmformat.page import collection_page
+from rmmformat.page import data as page_data
 from rmmformat.pipeline import convert
 
 from .conftest import MemoryTask, make_tasks

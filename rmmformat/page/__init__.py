@@ -10,11 +10,11 @@ from xml.etree.ElementTree import Element, tostring
 
 import numpy as np
 
-from rmmformat import page_charts as charts
 from rmmformat.collection import Collection
 from rmmformat.inspect import FileInfo
-from rmmformat.page_charts import add
-from rmmformat.page_data import Overview, TaskRow, overview
+from rmmformat.page import charts
+from rmmformat.page.charts import add
+from rmmformat.page.data import Overview, TaskRow, overview
 from rmmformat.text import percent, size
 
 __all__ = ["collection_page", "render"]
@@ -64,7 +64,7 @@ def collection_page(
     Parameters
     ----------
     progress
-        As for :func:`rmmformat.page_data.overview`.
+        As for :func:`rmmformat.page.data.overview`.
 
     Raises
     ------
