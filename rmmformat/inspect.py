@@ -39,7 +39,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
-    """One task of a file; errors are None where not measured."""
+    """One task of a file; errors are None where not measured.
+
+    `extraction_error` is what was left out when factors were cut out of the change of whole
+    weights; the other errors are against those factors.
+    """
 
     name: str
     n_targets: int
@@ -50,6 +54,7 @@ class TaskInfo:
     mean_error: float | None
     max_error: float | None
     worst_target: str | None
+    extraction_error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,8 @@ class FileInfo:
 
     Attributes
     ----------
+    base_digest
+        Of the base model's weights, if they were at hand (specification, 9.1); else empty.
     shared_bytes, own_bytes
         Bytes of frames; bytes of the tasks' runs.
     factor_bytes
@@ -72,6 +79,7 @@ class FileInfo:
     version: str
     file_bytes: int
     base_model: str
+    base_digest: str
     producer: str
     method: dict[str, Any]
     tasks: tuple[TaskInfo, ...]
@@ -129,6 +137,7 @@ def file_info(collection: Collection) -> FileInfo:
         f"{layout.MAJOR}.{index.minor}",
         index.file_length,
         str(metadata.get("base_model", {}).get("id", "")),
+        str(metadata.get("base_model", {}).get("fingerprint", {}).get("digest", "")),
         str(metadata.get("producer", "")),
         metadata.get("method", {}),
         tasks,
@@ -172,6 +181,7 @@ def _task_info(index: Index, number: int, name: str, described: dict[str, Any]) 
         float(measured.astype(np.float64).mean()) if len(measured) else None,
         float(measured.max()) if len(measured) else None,
         worst,
+        described.get("extraction", {}).get("error"),
     )
 
 

@@ -87,7 +87,8 @@ def _show(info: FileInfo) -> None:
     )
     method = info.method.get("name", "")
     lines = [
-        ("base model", info.base_model or "not recorded"),
+        ("base model", (info.base_model or "not recorded")
+         + (f", weights {info.base_digest[:12]}" if info.base_digest else "")),
         ("tasks, targets", f"{len(info.tasks)}, {len(info.targets)}"),
         ("size", "originals not recorded" if info.fraction is None or not info.original_bytes
          else f"{percent(info.fraction)} of the originals' {size(info.original_bytes)}"),
@@ -110,5 +111,9 @@ def _show(info: FileInfo) -> None:
          percent(t.mean_error), percent(t.max_error))
         for t in info.tasks
     ]  # fmt: skip
-    columns = ("task", ">targets", ">rank", ">own", ">original", ">private", ">mean error", ">max")
+    columns = ["task", ">targets", ">rank", ">own", ">original", ">private", ">mean error", ">max"]
+    if any(task.extraction_error is not None for task in info.tasks):
+        columns.append(">extraction left out")
+        extracted = (percent(task.extraction_error) for task in info.tasks)
+        rows = [(*row, cell) for row, cell in zip(rows, extracted, strict=True)]
     print_table("", columns, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -235,4 +236,10 @@ def test_as_it_is_written_on_the_command_line(models: Path, tmp_path: Path) -> N
         assert collection.metadata["tasks"]["time"]["extraction"]["error"] <= 0.5
         ranks = {info.rank for info in collection.targets("time").values()}
         assert len(ranks) > 2
+        digest = collection.metadata["base_model"]["fingerprint"]["digest"]
     assert rmm.validate(out).ok
+    done = CliRunner().invoke(main, ["info", str(out)])
+    assert f"weights {digest[:12]}" in done.output
+    told = json.loads(CliRunner().invoke(main, ["info", str(out), "--json"]).output)
+    assert all(0 < task["extraction_error"] <= 1 for task in told["tasks"])
+    assert told["base_digest"] == digest
