@@ -106,14 +106,13 @@ def _show(info: FileInfo) -> None:
         lines.append(("notice", "one header slot is damaged; the other one is used"))
     print_table(info.path, ("", ""), lines)
     rows = [
-        (t.name, str(t.n_targets), "/".join(map(str, t.ranks)), size(t.own_bytes),
+        [t.name, str(t.n_targets), "/".join(map(str, t.ranks)), size(t.own_bytes),
          "-" if t.original_bytes is None else size(t.original_bytes), str(t.n_privates),
-         percent(t.mean_error), percent(t.max_error))
+         percent(t.mean_error), percent(t.max_error), percent(t.extraction_error)]
         for t in info.tasks
     ]  # fmt: skip
     columns = ["task", ">targets", ">rank", ">own", ">original", ">private", ">mean error", ">max"]
     if any(task.extraction_error is not None for task in info.tasks):
         columns.append(">extraction left out")
-        extracted = (percent(task.extraction_error) for task in info.tasks)
-        rows = [(*row, cell) for row, cell in zip(rows, extracted, strict=True)]
+    rows = [row[: len(columns)] for row in rows]
     print_table("", columns, rows)
