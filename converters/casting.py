@@ -10,13 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rmmformat.converters.wrapped import WrappedTask
 from rmmformat.errors import LossyConversionError, OptionError
 from rmmformat.model import (
     Array,
     Factors,
-    LedgerLine,
-    PrivateInfo,
-    SourceFile,
     SourceTask,
     TargetInfo,
 )
@@ -45,35 +43,15 @@ def cast_task(task: SourceTask, dtype: str | None) -> SourceTask:
     return CastTask(task, FLOATS[dtype])
 
 
-@dataclasses.dataclass(frozen=True)
-class CastTask:
+class CastTask(WrappedTask):
     """A task whose factors come in one dtype; all else is as it was.
 
     Rounding is to the nearest.  A finite value that becomes infinite is an error.
     """
 
-    task: SourceTask
-    dtype: np.dtype[Any]
-
-    @property
-    def name(self) -> str:
-        """Name of the task."""
-        return self.task.name
-
-    @property
-    def path(self) -> str:
-        """Where it comes from."""
-        return self.task.path
-
-    @property
-    def base_model(self) -> str:
-        """Id of the base model."""
-        return self.task.base_model
-
-    @property
-    def config_text(self) -> str:
-        """The original configuration."""
-        return self.task.config_text
+    def __init__(self, task: SourceTask, dtype: np.dtype[Any]) -> None:
+        super().__init__(task)
+        self.dtype = dtype
 
     @cached_property
     def targets(self) -> Mapping[str, TargetInfo]:
@@ -82,21 +60,6 @@ class CastTask:
             name: dataclasses.replace(info, dtype_a=self.dtype, dtype_b=self.dtype)
             for name, info in self.task.targets.items()
         }
-
-    @property
-    def privates(self) -> Mapping[str, PrivateInfo]:
-        """Private tensors, in their own dtypes."""
-        return self.task.privates
-
-    @property
-    def ledger(self) -> tuple[LedgerLine, ...]:
-        """As the task's."""
-        return self.task.ledger
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """As the task's."""
-        return self.task.files
 
     def factors(self, target: str) -> Factors:
         """Read one target's factors and cast them.
@@ -112,10 +75,6 @@ class CastTask:
             self._cast(factors.B, f"{target}, factor B"),
             factors.scale,
         )
-
-    def private_tensor(self, name: str) -> Array:
-        """Read one private tensor as it is."""
-        return self.task.private_tensor(name)
 
     def _cast(self, array: Array, what: str) -> Array:
         with np.errstate(over="ignore"):

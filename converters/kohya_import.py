@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from rmmformat.converters.base import Options
-from rmmformat.converters.files import JSON_LIMIT, describe_file, open_plain
-from rmmformat.converters.kohya_layout import ADAPTER_METADATA, Layout, lay_out, metadata_text
+from rmmformat.converters.files import JSON_LIMIT, open_plain
+from rmmformat.converters.kohya_layout import ADAPTER_METADATA, lay_out, metadata_text
 from rmmformat.converters.kohya_names import is_flat, modules_of
+from rmmformat.converters.laid_out import LaidOutTask
 from rmmformat.converters.names import check_name, task_name_of
-from rmmformat.converters.tensors import SafetensorsStore, TensorStore, read_finite
-from rmmformat.errors import NotFoundError, SourceError, UnsupportedError
+from rmmformat.converters.tensors import SafetensorsStore, TensorStore
+from rmmformat.errors import SourceError, UnsupportedError
 from rmmformat.model import (
     Action,
-    Array,
-    Factors,
     LedgerLine,
-    PrivateInfo,
-    SourceFile,
-    TargetInfo,
 )
 
-__all__ = ["KohyaTask", "find_files", "looks_like_lora", "open_file"]
+__all__ = ["find_files", "looks_like_lora", "open_file"]
 
 _HEAD = 1 << 20  # bytes of a header in which a known name is looked for
 _SIGNS = re.compile(
@@ -37,69 +31,6 @@ _SIGNS = re.compile(
 )
 _DEFAULT_NAME = "pytorch_lora_weights"  # what diffusers calls every file
 _PICKLES = (".pt", ".bin", ".ckpt", ".pth")
-
-
-@dataclasses.dataclass(frozen=True)
-class KohyaTask:
-    """One LoRA file as a source task; reads tensors when asked for them."""
-
-    name: str
-    file: Path
-    base_model: str
-    config_text: str
-    store: TensorStore
-    layout: Layout
-    ledger: tuple[LedgerLine, ...]
-    allow_nonfinite: bool
-
-    @property
-    def path(self) -> str:
-        """The file."""
-        return str(self.file)
-
-    @property
-    def targets(self) -> Mapping[str, TargetInfo]:
-        """Target name to what the task adds there."""
-        return self.layout.targets
-
-    @property
-    def privates(self) -> Mapping[str, PrivateInfo]:
-        """Name to description of every private tensor."""
-        return self.layout.privates
-
-    @functools.cached_property
-    def files(self) -> tuple[SourceFile, ...]:
-        """The file with size and digest, hashed on first access."""
-        return (describe_file(self.file),)
-
-    def factors(self, target: str) -> Factors:
-        """Read both factors of one target in their stored dtypes; convolutions are flattened.
-
-        Raises
-        ------
-        NotFoundError
-            There is no such target.
-        NonFiniteError
-            A factor holds NaN or infinity.
-        """
-        if target not in self.layout.targets:
-            raise NotFoundError(f"no target is called {target!r}", path=self.path)
-        info = self.layout.targets[target]
-        a, b = (self._read(key) for key in self.layout.target_keys[target])
-        return Factors(
-            a.reshape(info.rank, info.shape.n_in),
-            b.reshape(info.shape.n_out, info.rank),
-            info.scale,
-        )
-
-    def private_tensor(self, name: str) -> Array:
-        """Read one private tensor in its stored dtype and shape; raises as :meth:`factors` does."""
-        if name not in self.layout.privates:
-            raise NotFoundError(f"no private tensor is called {name!r}", path=self.path)
-        return self._read(self.layout.private_keys[name])
-
-    def _read(self, key: str) -> Array:
-        return read_finite(self.store, key, allow=self.allow_nonfinite)
 
 
 def looks_like_lora(path: Path) -> bool:
@@ -137,7 +68,9 @@ def _name_of(path: Path) -> str:
     return task_name_of(path.parent) if path.stem == _DEFAULT_NAME else path.stem
 
 
-def open_file(path: Path, name: str, options: Options, beside: tuple[Path, ...] = ()) -> KohyaTask:
+def open_file(
+    path: Path, name: str, options: Options, beside: tuple[Path, ...] = ()
+) -> LaidOutTask:
     """Open one file; raises as an importer does.
 
     Parameters
@@ -200,7 +133,7 @@ def open_file(path: Path, name: str, options: Options, beside: tuple[Path, ...] 
             for entry in beside
         ),
     )
-    return KohyaTask(
+    return LaidOutTask(
         name,
         path,
         check_name(base, "base model", str(path)) if base else "",
@@ -208,6 +141,7 @@ def open_file(path: Path, name: str, options: Options, beside: tuple[Path, ...] 
         store,
         layout,
         ledger,
+        (path,),
         options.allow_nonfinite,
     )
 

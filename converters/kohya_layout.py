@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -14,6 +13,7 @@ import numpy as np
 
 from rmmformat.converters.files import parse_json_object
 from rmmformat.converters.kohya_names import Key, is_flat, parse_key
+from rmmformat.converters.laid_out import Layout
 from rmmformat.converters.names import check_name
 from rmmformat.converters.peft_config import Scaling, settings_of
 from rmmformat.converters.tensors import TensorMeta
@@ -28,7 +28,7 @@ from rmmformat.model import (
     TargetShape,
 )
 
-__all__ = ["ADAPTER_METADATA", "Layout", "lay_out", "scales_of_metadata"]
+__all__ = ["ADAPTER_METADATA", "lay_out", "scales_of_metadata"]
 
 #: Metadata key under which diffusers keeps the LoRA config of every component.
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -58,17 +58,6 @@ _KEPT = {
     "set_weight": (Role.OTHER, "a weight that replaces the base's"),
 }
 _EMBEDDING = "bundle_emb."  # textual inversions that travel in the same file
-
-
-@dataclasses.dataclass
-class Layout:
-    """Every tensor of a file, put in its place; our names lead to the file's."""
-
-    targets: dict[str, TargetInfo] = dataclasses.field(default_factory=dict)
-    target_keys: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    privates: dict[str, PrivateInfo] = dataclasses.field(default_factory=dict)
-    private_keys: dict[str, str] = dataclasses.field(default_factory=dict)
-    ledger: list[LedgerLine] = dataclasses.field(default_factory=list)
 
 
 def lay_out(

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from pathlib import Path
 
 from rmmformat.converters.base import Options
-from rmmformat.converters.files import describe_file
+from rmmformat.converters.laid_out import LaidOutTask
 from rmmformat.converters.names import check_name, task_name_of
-from rmmformat.converters.peft_config import CONFIG_NAME, LoraSettings, read_settings
-from rmmformat.converters.peft_layout import Layout, describe_prefixes, lay_out
+from rmmformat.converters.peft_config import CONFIG_NAME, read_settings
+from rmmformat.converters.peft_layout import PeftLayout, describe_prefixes, lay_out
 from rmmformat.converters.tensors import (
     SafetensorsStore,
     TensorStore,
     check_index,
     open_sharded,
-    read_finite,
 )
-from rmmformat.errors import NotFoundError, SourceError, UnsupportedError
+from rmmformat.errors import SourceError, UnsupportedError
 from rmmformat.model import (
     Action,
-    Array,
-    Factors,
     LedgerLine,
-    PrivateInfo,
-    SourceFile,
-    TargetInfo,
 )
 
-__all__ = ["PeftTask", "find_adapters", "open_adapter"]
+__all__ = ["find_adapters", "open_adapter"]
 
 # In the order of preference: a pickle beside a safetensors file is the older of the two.
 _WEIGHTS = (
@@ -40,102 +32,7 @@ _WEIGHTS = (
 )
 
 
-class PeftTask:
-    """One PEFT adapter as a source task; reads tensors when asked for them."""
-
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        config_text: str,
-        settings: LoraSettings,
-        store: TensorStore,
-        layout: Layout,
-        ledger: tuple[LedgerLine, ...],
-        files: tuple[Path, ...],
-        allow_nonfinite: bool,
-    ) -> None:
-        self._name = name
-        self._folder = folder
-        self._config_text = config_text
-        self._settings = settings
-        self._store = store
-        self._layout = layout
-        self._ledger = ledger
-        self._files = files
-        self._allow_nonfinite = allow_nonfinite
-
-    @property
-    def name(self) -> str:
-        """Name of the task."""
-        return self._name
-
-    @property
-    def path(self) -> str:
-        """The adapter's folder."""
-        return str(self._folder)
-
-    @property
-    def base_model(self) -> str:
-        """The config's base_model_name_or_path, or the empty string."""
-        return self._settings.base_model
-
-    @property
-    def config_text(self) -> str:
-        """The text of adapter_config.json."""
-        return self._config_text
-
-    @property
-    def targets(self) -> Mapping[str, TargetInfo]:
-        """Target name to what the task adds there."""
-        return self._layout.targets
-
-    @property
-    def privates(self) -> Mapping[str, PrivateInfo]:
-        """Name to description of every private tensor."""
-        return self._layout.privates
-
-    @property
-    def ledger(self) -> tuple[LedgerLine, ...]:
-        """Every tensor, config field and file of the folder."""
-        return self._ledger
-
-    @functools.cached_property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Config and weight files with size and digest, hashed on first access."""
-        return tuple(describe_file(path) for path in self._files)
-
-    def factors(self, target: str) -> Factors:
-        """Read both factors of one target in their stored dtypes; convolutions are flattened.
-
-        Raises
-        ------
-        NotFoundError
-            There is no such target.
-        NonFiniteError
-            A factor holds NaN or infinity.
-        """
-        if target not in self._layout.targets:
-            raise NotFoundError(f"no target is called {target!r}", path=self.path)
-        info, keys = self._layout.targets[target], self._layout.target_keys[target]
-        a, b = self._read(keys.a), self._read(keys.b)
-        return Factors(
-            a.reshape(info.rank, info.shape.n_in),
-            b.reshape(info.shape.n_out, info.rank),
-            info.scale,
-        )
-
-    def private_tensor(self, name: str) -> Array:
-        """Read one private tensor in its stored dtype and shape; raises as :meth:`factors` does."""
-        if name not in self._layout.privates:
-            raise NotFoundError(f"no private tensor is called {name!r}", path=self.path)
-        return self._read(self._layout.private_keys[name])
-
-    def _read(self, key: str) -> Array:
-        return read_finite(self._store, key, allow=self._allow_nonfinite)
-
-
-def open_adapter(folder: Path, name: str | None, options: Options) -> PeftTask:
+def open_adapter(folder: Path, name: str | None, options: Options) -> LaidOutTask:
     """Open one adapter folder; raises as an importer does."""
     task_name = check_name(task_name_of(folder) if name is None else name, "task name", str(folder))
     config_text, settings = read_settings(folder)
@@ -154,11 +51,11 @@ def open_adapter(folder: Path, name: str | None, options: Options) -> PeftTask:
     layout = lay_out(store.metas, settings, keep=not options.drop_private)
     files = (folder / CONFIG_NAME, *((weights,) if indexed else ()), *paths)
     ledger = (*settings.ledger, *layout.ledger, *_file_ledger(folder, files, layout))
-    return PeftTask(
+    return LaidOutTask(
         task_name,
         folder,
+        settings.base_model,
         config_text,
-        settings,
         store,
         layout,
         ledger,
@@ -182,7 +79,7 @@ def _open_store(weights: Path, paths: tuple[Path, ...], options: Options) -> Ten
     return TorchStore(paths)
 
 
-def _file_ledger(folder: Path, files: tuple[Path, ...], layout: Layout) -> list[LedgerLine]:
+def _file_ledger(folder: Path, files: tuple[Path, ...], layout: PeftLayout) -> list[LedgerLine]:
     prefixes = describe_prefixes(layout.prefixes)
     lines = []
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):

@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rmmformat.converters.laid_out import Layout
 from rmmformat.converters.names import AdapterKey, check_name, parse_adapter_key, strip_wrappers
 from rmmformat.converters.peft_config import LoraSettings, Scaling
 from rmmformat.converters.peft_match import TargetRule, covers_module
@@ -26,7 +27,7 @@ from rmmformat.model import (
     TargetShape,
 )
 
-__all__ = ["Layout", "TargetKeys", "lay_out", "outer_module"]
+__all__ = ["PeftLayout", "lay_out", "outer_module"]
 
 _FACTOR_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -59,26 +60,10 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetKeys:
-    """Names in the file of one target's factors."""
-
-    a: str
-    b: str
-
-
 @dataclasses.dataclass
-class Layout:
-    """Every tensor of an adapter, put in its place.
+class PeftLayout(Layout):
+    """Also counts how often each number of repeated prefixes was taken off a name."""
 
-    ``target_keys`` and ``private_keys`` lead from our names to the file's.
-    """
-
-    targets: dict[str, TargetInfo] = dataclasses.field(default_factory=dict)
-    target_keys: dict[str, TargetKeys] = dataclasses.field(default_factory=dict)
-    privates: dict[str, PrivateInfo] = dataclasses.field(default_factory=dict)
-    private_keys: dict[str, str] = dataclasses.field(default_factory=dict)
-    ledger: list[LedgerLine] = dataclasses.field(default_factory=list)
     prefixes: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
@@ -96,7 +81,7 @@ def outer_module(name: str, targets: Container[str]) -> str:
     return name
 
 
-def lay_out(metas: Mapping[str, TensorMeta], settings: LoraSettings, *, keep: bool) -> Layout:
+def lay_out(metas: Mapping[str, TensorMeta], settings: LoraSettings, *, keep: bool) -> PeftLayout:
     """Put every tensor in its place.
 
     Parameters
@@ -123,12 +108,12 @@ class _Sorter:
         self.metas = metas
         self.settings = settings
         self.keep = keep
-        self.layout = Layout()
+        self.layout = PeftLayout()
         self.parts: dict[str, dict[str, str]] = {}  # module -> part -> key
         self.rest: dict[str, str] = {}  # key -> name inside the model
         self.adapters: dict[str, str] = {}  # adapter -> a key that holds its name
 
-    def run(self) -> Layout:
+    def run(self) -> PeftLayout:
         self._split()
         modules = sorted(self.parts)
         if not modules:
@@ -235,7 +220,7 @@ class _Sorter:
         self.layout.targets[name] = TargetInfo(
             shape, rank, scale, self.metas[a].dtype, self.metas[b].dtype
         )
-        self.layout.target_keys[name] = TargetKeys(a, b)
+        self.layout.target_keys[name] = (a, b)
         stray = rule.allows(decides) is False
         note = (
             "notice: PEFT would not load it, as the config excludes the module; " if stray else ""

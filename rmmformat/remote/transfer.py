@@ -12,23 +12,22 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.registry import collect
+from rmmformat.converters.wrapped import WrappedTask
 from rmmformat.errors import RemoteError, RmmError, SourceError, UnsupportedError
 from rmmformat.model import (
     Action,
     Array,
     Factors,
     LedgerLine,
-    PrivateInfo,
     SourceFile,
     SourceTask,
-    TargetInfo,
 )
 from rmmformat.remote import shown, transport_errors, url_to_fs
 from rmmformat.remote.download import download
@@ -79,57 +78,40 @@ def _remove(root: Path, process: int) -> None:
         shutil.rmtree(root, ignore_errors=True)
 
 
-class FetchedTask:
+class FetchedTask(WrappedTask):
     """A task of files that were fetched: as it is, but it and its errors name the URL."""
 
     def __init__(self, task: SourceTask, place: _Place, left: tuple[str, ...]) -> None:
-        self._task, self._place = task, place
-        self.path = place.url_of(task.path)
-        self.ledger: tuple[LedgerLine, ...] = (
-            *task.ledger,
-            *(LedgerLine(f"file {n}", Action.IGNORED, "not fetched: no weights") for n in left),
-        )
+        super().__init__(task)
+        self._place, self._left = place, left
 
     @property
-    def name(self) -> str:
-        """Name of the task."""
-        return self._task.name
+    def path(self) -> str:
+        """The URL."""
+        return self._place.url_of(self.task.path)
 
     @property
-    def base_model(self) -> str:
-        """Id of the base model."""
-        return self._task.base_model
-
-    @property
-    def config_text(self) -> str:
-        """The original configuration."""
-        return self._task.config_text
-
-    @property
-    def targets(self) -> Mapping[str, TargetInfo]:
-        """Targets by name."""
-        return self._task.targets
-
-    @property
-    def privates(self) -> Mapping[str, PrivateInfo]:
-        """Private tensors by name."""
-        return self._task.privates
+    def ledger(self) -> tuple[LedgerLine, ...]:
+        """The task's, and what was not fetched."""
+        why = "not fetched: no weights"
+        left = (LedgerLine(f"file {name}", Action.IGNORED, why) for name in self._left)
+        return (*self.task.ledger, *left)
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
         """The files that hold the values."""
         with self._place.named():
-            return self._task.files
+            return self.task.files
 
     def factors(self, target: str) -> Factors:
         """Read both factors of one target."""
         with self._place.named():
-            return self._task.factors(target)
+            return self.task.factors(target)
 
     def private_tensor(self, name: str) -> Array:
         """Read one private tensor."""
         with self._place.named():
-            return self._task.private_tensor(name)
+            return self.task.private_tensor(name)
 
 
 def open_fetched(
