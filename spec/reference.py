@@ -1,153 +1,51 @@
 """Reader and validator of ``.rmm`` files, written from the text of ``rmm-1.md`` alone.
 
-It is slow and short, to be read beside the text; no code is shared with any other reader.
-``open_file`` refuses a file at the first rule marked "open" that it breaks.  ``validate`` lists
-that rule or, if there is none, the first one that each part of the file breaks.
-
+Slow and short, to be read beside the text; shares no code with other readers.  ``open_file`` refuses
+a file at the first "open" rule that it breaks, ``validate`` lists that, or what each part breaks.
 ``python reference.py FILE`` lists the tasks of a file and the rules that it breaks.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
 import sys
 import zlib
 from bisect import bisect_right
-from collections import namedtuple
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
-from numpy.typing import NDArray
-from reference_trellis import trellis_run
-
-F32 = NDArray[np.float32]
-NONE = 0xFFFFFFFF
-SCHEMA, REGISTRY = (
-    json.loads(Path(__file__).with_name(name).read_text("utf-8"))
-    for name in ("metadata.schema.json", "registry.json")
+from reference_base import (
+    ABSENT,
+    DTYPES,
+    F32,
+    FIXED_SIZE,
+    NONE,
+    SCHEMA,
+    SIZES,
+    STRUCTS,
+    TRELLIS,
+    TUPLES,
+    Bytes,
+    Member,
+    Part,
+    Refused,
+    Run,
+    Section,
+    Slot,
+    ceil_to,
+    crc32c,
+    need,
 )
-DTYPES = {dtype["code"]: dtype["n_bytes"] for dtype in REGISTRY["dtypes"]}
-TRELLIS, FIXED_SIZE = 0x20, {x["code"] for x in REGISTRY["encodings"]} - {0x20}
-RULES = {int(rule["id"][4:]): rule for rule in REGISTRY["rules"]}
-
-
-class Refused(Exception):  # noqa: N818
-    """The file breaks ``rule`` at ``offset``; ``status`` is malformed or unsupported."""
-
-    def __init__(self, rule: int, offset: int, status: str = "") -> None:
-        self.rule, self.message = RULES[rule]["id"], RULES[rule]["text"]
-        self.offset, self.status = offset, status or RULES[rule]["status"].split(";")[0]
-        super().__init__(f"{self.rule} at {offset}: {self.message}")
-
-
-def need(holds: Any, rule: int, at: int, status: str = "") -> None:
-    if not holds:
-        raise Refused(rule, at, status)
-
-
-def ceil_to(x: int, a: int) -> int:
-    """2: "the least multiple of a that is not less than x"."""
-    return -(-x // a) * a
-
-
-CRC_TABLE = []
-for n in range(256):
-    for _ in range(8):
-        n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
-    CRC_TABLE.append(n)
-
-
-def crc32c(data: bytes) -> int:
-    """Castagnoli's polynomial 1EDC6F41, reflected; register and result inverted."""
-    register = NONE
-    for byte in data:
-        register = CRC_TABLE[(register ^ byte) & 255] ^ register >> 8
-    return register ^ NONE
-
-
-# --- Encodings (8.2) -----------------------------------------------------------------------------
-
-
-def row_bytes(code: int, n: int) -> int:
-    """8.2, column *row_bytes(n)* of the fixed-size encodings."""
-    return {0x00: 0, 0x01: 4 * n, 0x02: 2 * n, 0x03: 2 * n}.get(
-        code, (2 + 4 * (code - 0x10)) * -(-n // 32)
-    )
-
-
-def q_blocks(code: int, raw: bytes) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-    """8.2: "a sequence of blocks of 32 values, each block an f16 scale d [...] and 32 codes"."""
-    bits = code - 0x10
-    blocks = np.frombuffer(raw, np.uint8).reshape(-1, 2 + 4 * bits)
-    scales, packed = blocks[:, :2].copy().view("<f2")[:, 0], blocks[:, 2:]
-    if bits == 8:
-        return scales, packed
-    if bits == 4:  # "byte i holds the code of value i in its low and of value i + 16 in its high"
-        return scales, np.concatenate([packed & 15, packed >> 4], axis=1)
-    # "one little-endian integer of 32 · N bits in which value i has bits i·N … i·N + N − 1"
-    split = np.unpackbits(packed, axis=1, bitorder="little").reshape(-1, 32, bits)
-    return scales, (split << np.arange(bits, dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
-
-
-def decode(code: int, raw: bytes, n: int) -> F32:
-    """8.2, column *value*: a row of n values."""
-    if code == 0x00:
-        return np.zeros(n, np.float32)
-    if code in (0x01, 0x02):
-        return np.frombuffer(raw, "<f4" if code == 0x01 else "<f2").astype(np.float32)
-    if code == 0x03:  # "the upper half of a binary32"
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    scales, codes = q_blocks(code, raw)
-    u = codes.astype(np.int32)
-    level = {0x18: codes.view(np.int8), 0x14: u - 8}.get(code, 2 * u - 2 ** (code - 0x10) + 1)
-    return (scales.astype(np.float32)[:, None] * level.astype(np.float32)).reshape(-1)[:n]
-
-
-# --- Tables (6.1): each record's fields, as struct and in words ----------------------------------
-
-PART = "group n_components rank mean basis flags reserved"
-TABLES = f"""
-TARG QQ3HBBII n_in n_out k0 k1 k2 kind flags name reserved
-RUNS IB3s     count encoding reserved
-LAYO QII      first_run n_runs n_rows
-FORM d6IBB6s  scale rank cluster coeff_a residual_a coeff_b residual_b dtype_a dtype_b reserved
-FRAM QQIIQ6IQ6I offset length target crc {PART} {re.sub(r"( |$)", r"_b ", PART)}
-TLST I        target
-TASK 7QII     offset length first_entry n_entries first_target first_private n_privates name \
-              reserved
-ENTR QII      length form crc
-DIMS Q        size
-PRIV IIBBBBIQ name blob dtype n_dims role reserved reserved_2 first_dim
-BLOB QQII     offset length crc reserved
-erro f        error
-free QQII     offset length crc reserved
-"""
-STRUCTS, TUPLES = dict[str, str](), dict[str, Any]()
-for line in TABLES.strip().splitlines():
-    name, code, *fields = line.split()
-    STRUCTS[name], TUPLES[name] = "<" + code, namedtuple(name, fields)  # type: ignore[misc]
-SIZES = {"STRS": 1, "meta": 1} | {name: struct.calcsize(code) for name, code in STRUCTS.items()}
-Part = namedtuple("Part", PART)
-ABSENT = Part(0, 0, 0, NONE, NONE, 0, 0)
-SLOT = "sequence file_length growth_limit index_offset index_length n_sections record_size"
-Slot = namedtuple("Slot", SLOT + " table_crc unused crc")
-Section = namedtuple("Section", "type coding offset length count record_size crc")
-# The bytes of a frame or entry: offset of the record that says so, place, checksum, layouts and row
-# lengths of the four arrays, and the rules that its length and checksum may break.
-Bytes = namedtuple("Bytes", "at offset length crc arrays length_rule crc_rule")
-# What a task stores at one target (term *entry*); frame is an id or None.
-Member = namedtuple("Member", "target form frame bytes")
-# A run: number of its array (0 … 3) and of its first row in that, rows, values of a row, place in
-# the file; its rows, if it is not fixed-size.
-Run = namedtuple("Run", "array first count n code offset length rows")
+from reference_metadata import parse_metadata
+from reference_rows import Array, decode, factor, q_blocks, row_bytes
+from reference_trellis import trellis_run
 
 
 class Collection:
@@ -562,64 +460,6 @@ class Collection:
                 end = m.bytes.offset + m.bytes.length
         yield from (partial(self.content, 82, x) for x in self.table["BLOB"])
         yield from (partial(self.content, 83, x) for x in self.table["free"])
-
-
-Array = Callable[[int], F32]  # gives a row by its number
-
-
-def factor(
-    rank: int, length: int, part: Any, mean: Any, basis: Any, coefficients: Any, residual: Any
-) -> F32:
-    """8.1, row by row and term by term; numpy rounds each product and each sum to f32."""
-    p, mixing, positions = part.n_components, part.flags & 1, -(-length // max(part.group, 1))
-
-    def terms(k: int) -> Iterator[F32]:
-        if mean:
-            yield mean(k)
-        for j in range(p):
-            c, b = coefficients(j), basis(j if mixing else j * part.rank + k)
-            own = c[k * positions :][:positions] if mixing else c
-            yield np.repeat(own, part.group)[:length] * b
-        if residual:
-            yield residual(k)
-
-    x = np.zeros((rank, length), np.float32)  # "If no term is present the value is +0"
-    with np.errstate(all="ignore"):
-        for k in range(rank if mean or p or residual else 0):
-            x[k] = reduce(np.add, terms(k))  # "starts with the first term that is present"
-    return x
-
-
-# --- Metadata (9) --------------------------------------------------------------------------------
-
-
-def parse_metadata(raw: bytes) -> dict[str, Any]:
-    """9: "one JSON object in UTF-8 without a byte order mark, without duplicate keys [...]"."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in items}) != len(items):
-            raise ValueError("a key twice")
-        return dict(items)
-
-    def number(text: str) -> float:
-        value = int(text) if re.fullmatch(r"-?\d{1,18}", text) else float(text)
-        if not math.isfinite(value):
-            raise ValueError("not finite")
-        return value
-
-    text = raw.decode("utf-8")
-    depth = 0  # before parsing, so that nothing recurses deeper
-    for mark in re.findall(r"[\[{]|[\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.S)):
-        depth += 1 if mark in "[{" else -1
-        if depth > 16:
-            raise ValueError("nested more than 16 deep")
-    value = json.loads(
-        text, object_pairs_hook=pairs, parse_constant=number, parse_float=number, parse_int=number
-    )
-    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
 
 
 # --- Doors ---------------------------------------------------------------------------------------
