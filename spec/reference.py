@@ -1,6 +1,6 @@
 """Reader and validator of ``.rmm`` files, written from the text of ``rmm-1.md`` alone.
 
-Slow and short, to be read beside the text; shares no code with other readers.  ``open_file`` refuses
+Slow and short, to be read beside the text; no code is shared with others.  ``open_file`` refuses
 a file at the first "open" rule that it breaks, ``validate`` lists that, or what each part breaks.
 ``python reference.py FILE`` lists the tasks of a file and the rules that it breaks.
 """
