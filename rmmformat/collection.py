@@ -189,11 +189,9 @@ class Collection:
         Source: specification, section 8.
         """
         code = _factor_code(dtype)
-        number = self._task(task)
-        entries, n_bytes = self._native.entries(number, code)
+        entries, n_bytes = self._native.entries(self._task(task), code)
         arena = self._pool.lend(n_bytes) if out is None else _checked(out, n_bytes)
-        self._need(Index.payload_of, number)
-        self._native.load_task(number, code, arena, threads)
+        self.load_into(task, arena, dtype=dtype, threads=threads)
         kind = layout.DTYPES[code]
         factors = {
             entry.target: Factors(
@@ -204,6 +202,17 @@ class Collection:
             for entry in entries
         }
         return LoadedTask(task, arena, factors)
+
+    def load_into(
+        self, task: str, out: npt.NDArray[np.uint8], *, dtype: Any = "f32", threads: int = 0
+    ) -> None:
+        """Reconstruct a task where :meth:`load` would put it in `out`, without making views.
+
+        For those who have views, of another task of the same shapes.  Raises as :meth:`load`.
+        """
+        number = self._task(task)
+        self._need(Index.payload_of, number)
+        self._native.load_task(number, _factor_code(dtype), _checked(out, 0), threads)
 
     def arena_bytes(self, task: str, *, dtype: str | np.dtype[Any] = "f32") -> int:
         """Bytes of memory that :meth:`load` needs for a task."""

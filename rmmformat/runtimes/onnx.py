@@ -46,12 +46,14 @@ from rmmformat.errors import (
 )
 from rmmformat.format.reader import nearest
 from rmmformat.model import Array, Factors
+from rmmformat.runtimes.onnx_bound import Bound
 from rmmformat.runtimes.onnx_edit import PreparedTarget, PrepareReport, prepare, prepare_model
 from rmmformat.runtimes.onnx_files import external_files, load_model
+from rmmformat.runtimes.onnx_live import Live
 from rmmformat.runtimes.onnx_merge import MergeReport, merge
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding, OrtValue, SessionOptions
+    from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 __all__ = [
     "MergeReport",
@@ -87,7 +89,9 @@ class Session:
         As for :class:`onnxruntime.InferenceSession`; by default the CPU's, and warnings are not
         shown (one an input says that it has a default).
     budget_bytes
-        Memory for the factors of tasks that are kept.
+        Memory for the factors of tasks that are kept.  With 0 none is: there is one place for
+        factors, which stays bound and is written over by the next task, and runs of tasks wait for
+        one another.
     names
         Target to the name of an initialiser or node of a base model, or to a target of a prepared
         one, where the rule cannot tell (:mod:`rmmformat.converters.onnx_names`).
@@ -157,8 +161,13 @@ class Session:
         self._known = (optional - own).union(self.input_names)
         self._factor_inputs = own
         self.output_names = tuple(item.name for item in self._session.get_outputs())
-        self._base = _Bound({})
-        self._bounds: dict[int, _Bound] = {}
+        self._base = Bound({})
+        self._live = (
+            Live(collection, self._factor_values, self._parameter_values, Bound)
+            if budget_bytes == 0 and self.interface.dtype == "f32"
+            else None
+        )
+        self._bounds: dict[int, Bound] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -237,7 +246,20 @@ class Session:
         """
         outputs = self.output_names if output_names is None else tuple(output_names)
         self._check_names(feeds, outputs)
-        bound = self._base if task is None else self._bound(task)
+        if task is None:
+            return self._run(task, self._base, feeds, outputs)
+        if self._live is None:
+            return self._run(task, self._bound(task), feeds, outputs)
+        with self._live.lock:
+            return self._run(task, self._live.put(task), feeds, outputs)
+
+    def _run(
+        self,
+        task: str | None,
+        bound: Bound,
+        feeds: Mapping[str, Array | OrtValue],
+        outputs: Sequence[str],
+    ) -> list[Array]:
         binding = bound.take(self._session)
         # Arrays are bound where they lie, so they have to live until the run is over.
         arrays = {
@@ -288,19 +310,22 @@ class Session:
                     f"the model has no output {name!r}", hint=nearest(name, self.output_names)
                 )
 
-    def _bound(self, task: str) -> _Bound:
+    def _bound(self, task: str) -> Bound:
         """The factors of a task, reconstructed and wrapped now or before."""
         loaded = self.cache.get(task)
         key = id(loaded)
         with self._lock:
             bound = self._bounds.get(key)
             if bound is None:
-                bound = self._bounds[key] = _Bound(self._values(loaded))
+                bound = self._bounds[key] = Bound(self._values(loaded))
                 # It goes when the cache lets the task go, so that the budget holds.
                 weakref.finalize(loaded, self._bounds.pop, key, None).atexit = False
         return bound
 
     def _values(self, loaded: LoadedTask) -> dict[str, OrtValue]:
+        return self._factor_values(loaded) | self._parameter_values(loaded.name)
+
+    def _factor_values(self, loaded: LoadedTask) -> dict[str, OrtValue]:
         values: dict[str, OrtValue] = {}
         scales: dict[float, OrtValue] = {}  # most targets have the same
         for target, factors in loaded.items():
@@ -335,7 +360,7 @@ class Session:
                     hint="Map them with names.",
                 )
             values.update(zip(wanted, given, strict=True))
-        return values | self._parameter_values(loaded.name)
+        return values
 
     def _fits(self, factors: Factors) -> bool:
         """Whether no value has become an infinity, which only float16 is too small for."""
@@ -379,26 +404,6 @@ class Session:
                 np.array(array, FLOATS[parameter.dtype], order="C")
             )
         return values
-
-
-class _Bound:
-    """Values that are inputs of every run of one task, and bindings that have them."""
-
-    def __init__(self, values: dict[str, OrtValue]) -> None:
-        self.values = values
-        self._free: list[IOBinding] = []  # append and pop are atomic
-
-    def take(self, session: InferenceSession) -> IOBinding:
-        try:
-            return self._free.pop()
-        except IndexError:
-            binding = session.io_binding()
-            for name, value in self.values.items():
-                binding.bind_ortvalue_input(name, value)
-            return binding
-
-    def give_back(self, binding: IOBinding) -> None:
-        self._free.append(binding)
 
 
 class _Reconstructed(CastTask):

@@ -273,6 +273,44 @@ def test_memory_of_tasks_goes_when_the_session_does(base: Path, tmp_path: Path) 
     assert kept() is None
 
 
+def test_without_a_budget_one_place_is_written_over(base: Path, tmp_path: Path) -> None:
+    import threading
+
+    tasks = [Task(f"t{i}", {"first": factors(i)}) for i in range(3)]
+    strange = Task("strange", {"elsewhere": factors(9)})
+    collection = collection_of(tmp_path, *tasks, strange)
+    prepared = tmp_path / "prepared.onnx"
+    runtime.prepare(base, prepared, targets=["first"])
+    session = runtime.Session(prepared, collection, budget_bytes=0)
+    kept = runtime.Session(prepared, collection)
+    want = {f"t{i}": kept.run(f"t{i}", {"x": X2})[0].tobytes() for i in range(3)}
+    assert session.run("t0", {"x": X2})[0].tobytes() == want["t0"]
+    bound, arena = session._live._bound, session._live._loaded.arena
+    for task in ("t1", "t1", "t2", "t0"):
+        assert session.run(task, {"x": X2})[0].tobytes() == want[task]
+        assert session._live._bound is bound
+        assert session._live._loaded.arena is arena
+    assert session.run(None, {"x": X2})[0].tobytes() == kept.run(None, {"x": X2})[0].tobytes()
+    for _ in range(2):  # a task that is refused leaves no half of it behind
+        with pytest.raises(NotFoundError, match="elsewhere"):
+            session.run("strange", {"x": X2})
+        assert session.run("t2", {"x": X2})[0].tobytes() == want["t2"]
+    wrong: list[str] = []
+
+    def work(start: int) -> None:
+        for step in range(20):
+            task = f"t{(start + step) % 3}"
+            if session.run(task, {"x": X2})[0].tobytes() != want[task]:
+                wrong.append(task)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_an_ort_value_can_be_fed(base: Path, tmp_path: Path) -> None:
     collection = collection_of(tmp_path, Task("t", {"first": factors()}))
     session = runtime.Session(base, collection)
