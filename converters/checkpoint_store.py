@@ -27,9 +27,16 @@ from rmmformat.converters.tensors import (
     open_sharded,
 )
 from rmmformat.errors import NotFoundError, SourceError, UnsupportedError
-from rmmformat.model import Array
+from rmmformat.model import Action, Array, LedgerLine
 
-__all__ = ["CONFIG_NAME", "Checkpoint", "find_checkpoints", "find_weights", "open_checkpoint"]
+__all__ = [
+    "CONFIG_NAME",
+    "Checkpoint",
+    "file_lines",
+    "find_checkpoints",
+    "find_weights",
+    "open_checkpoint",
+]
 
 CONFIG_NAME = "config.json"
 
@@ -366,3 +373,18 @@ def _refuse_other_kinds(
             path=str(path),
             hint="Save the model in float32, float16 or bfloat16.",
         )
+
+
+def file_lines(model: Checkpoint) -> list[LedgerLine]:
+    """Account for every file that is there, beside those that hold the model."""
+    around = sorted(model.path.iterdir()) if model.path.is_dir() else list(model.files)
+    lines = []
+    for entry in around:
+        label = f"file {entry.name}{'/' if entry.is_dir() else ''}"
+        if entry not in model.files:
+            lines.append(LedgerLine(label, Action.IGNORED, "not part of the weights"))
+        elif entry.name == CONFIG_NAME:
+            lines.append(LedgerLine(label, Action.STORED, "as text"))
+        else:
+            lines.append(LedgerLine(label, Action.USED))
+    return lines

@@ -18,7 +18,7 @@ from rmmformat.blas import one_thread, with_one_thread
 from rmmformat.converters.base import Options
 from rmmformat.converters.checkpoint_layout import as_delta, is_float
 from rmmformat.converters.checkpoint_plan import Item, Plan, plan_extraction
-from rmmformat.converters.checkpoint_store import CONFIG_NAME, Checkpoint
+from rmmformat.converters.checkpoint_store import Checkpoint, file_lines
 from rmmformat.converters.files import describe_file
 from rmmformat.converters.spool import Spool
 from rmmformat.errors import (
@@ -142,7 +142,7 @@ class CheckpointTask:
     @property
     def ledger(self) -> tuple[LedgerLine, ...]:
         """Every tensor and file of the fine-tune; extracts first."""
-        return (*self._plan.ledger, *self._extraction().ledger, *_file_lines(self.tuned))
+        return (*self._plan.ledger, *self._extraction().ledger, *file_lines(self.tuned))
 
     @functools.cached_property
     def files(self) -> tuple[SourceFile, ...]:
@@ -378,18 +378,3 @@ def _equal(one: Array, other: Array) -> bool:
         first, second = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (one, other))
         return bool(np.array_equal(first, second))
     return bool(np.array_equal(one.astype(np.float32), other.astype(np.float32)))
-
-
-def _file_lines(checkpoint: Checkpoint) -> list[LedgerLine]:
-    if not checkpoint.path.is_dir():
-        return [LedgerLine(f"file {path.name}", Action.USED) for path in checkpoint.files]
-    lines = []
-    for entry in sorted(checkpoint.path.iterdir(), key=lambda e: e.name):
-        label = f"file {entry.name}{'/' if entry.is_dir() else ''}"
-        if entry.name == CONFIG_NAME and entry in checkpoint.files:
-            lines.append(LedgerLine(label, Action.STORED, "as text"))
-        elif entry in checkpoint.files:
-            lines.append(LedgerLine(label, Action.USED))
-        else:
-            lines.append(LedgerLine(label, Action.IGNORED, "not part of the weights"))
-    return lines

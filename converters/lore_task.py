@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rmmformat.converters.checkpoint_store import CONFIG_NAME, Checkpoint, open_checkpoint
+from rmmformat.converters.checkpoint_store import Checkpoint, file_lines, open_checkpoint
 from rmmformat.converters.files import describe_file
 from rmmformat.converters.lore_run import LoreRun, Progress
 from rmmformat.errors import NotFoundError
 from rmmformat.model import (
-    Action,
     Array,
     Factors,
     LedgerLine,
@@ -71,7 +70,7 @@ class LoreTask:
     @property
     def ledger(self) -> tuple[LedgerLine, ...]:
         """Every tensor and file of the model; estimates first."""
-        return (*self._run.part(self._name).ledger, *_file_lines(self._model))
+        return (*self._run.part(self._name).ledger, *file_lines(self._model))
 
     @functools.cached_property
     def files(self) -> tuple[SourceFile, ...]:
@@ -138,17 +137,3 @@ class LoreTask:
         if not self._run.options.allow_nonfinite:
             self._run.check_finite(self._name, name, array)
         return array
-
-
-def _file_lines(model: Checkpoint) -> list[LedgerLine]:
-    around = sorted(model.path.iterdir()) if model.path.is_dir() else list(model.files)
-    lines = []
-    for entry in around:
-        label = f"file {entry.name}{'/' if entry.is_dir() else ''}"
-        if entry not in model.files:
-            lines.append(LedgerLine(label, Action.IGNORED, "not part of the weights"))
-        elif entry.name == CONFIG_NAME:
-            lines.append(LedgerLine(label, Action.STORED, "as text"))
-        else:
-            lines.append(LedgerLine(label, Action.USED))
-    return lines
