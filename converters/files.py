@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 from rmmformat.errors import RmmError, SourceError
 from rmmformat.format.disk import DISK, refuse_device
+from rmmformat.format.temporary import create_beside, create_folder_beside, remove_stale
 from rmmformat.model import SourceFile
 
 __all__ = [
@@ -136,9 +136,12 @@ def _sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def _sibling(out: Path, suffix: str) -> Path:
-    # Not the whole name: it may already be as long as a file system allows.
-    return out.with_name(f".{out.name[:40]}.{secrets.token_hex(6)}.{suffix}")
+@contextlib.contextmanager
+def _told_as_ours(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RmmError(f"cannot write: {error.strerror or error}", path=str(out)) from error
 
 
 @contextlib.contextmanager
@@ -146,6 +149,7 @@ def atomic_file(out: Path, *, force: bool) -> Iterator[Path]:
     """Lend a temporary sibling of ``out``; on success it is synced and takes ``out``'s name.
 
     On any exception, an interrupt included, the temporary file is removed and ``out`` is untouched.
+    What a killed writer of ``out`` left is removed by the next one.
 
     Raises
     ------
@@ -158,21 +162,22 @@ def atomic_file(out: Path, *, force: bool) -> Iterator[Path]:
     if os.path.lexists(out) and not force:
         raise RmmError("exists already", path=str(out), hint="Choose another name or force.")
     refuse_device(out)
-    temporary = _sibling(out, "tmp")
-    try:
+    with _told_as_ours(out), contextlib.ExitStack() as stack:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
+        remove_stale(out, DISK)
+        temporary, handle = create_beside(out, DISK)
+        stack.callback(temporary.unlink, missing_ok=True)
+        unlock = stack.enter_context(contextlib.ExitStack())
+        unlock.callback(os.close, handle)
         mode = temporary.stat().st_mode & 0o666
         yield temporary
-        # The safetensors library leaves files that only their owner may read.
+        # Some libraries leave files that only their owner may read.
         temporary.chmod(mode)
         _sync_file(temporary)
+        if os.name == "nt":  # pragma: no cover  # an open file cannot be renamed there
+            unlock.close()
         temporary.replace(out)
         DISK.sync_folder(out.parent)
-    except OSError as error:
-        raise RmmError(f"cannot write: {error.strerror or error}", path=str(out)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -201,13 +206,18 @@ def atomic_folder(out: Path, *, force: bool, known: frozenset[str]) -> Iterator[
         if not force and any(out.iterdir()):
             raise RmmError("exists already", path=str(out), hint="Choose another name or force.")
         out = out.resolve()
-    temporary, backup = _sibling(out, "tmp"), _sibling(out, "old")
-    try:
+    with _told_as_ours(out), contextlib.ExitStack() as stack:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        remove_stale(out, DISK)
+        temporary, handle = create_folder_beside(out)
+        backup = temporary.with_suffix(".old")
+        if handle is not None:
+            stack.callback(os.close, handle)
+        for leftover in (temporary, backup):
+            stack.callback(shutil.rmtree, leftover, ignore_errors=True)
         yield temporary
         for entry in temporary.iterdir():
-            # The safetensors library leaves files that only their owner may read.
+            # Some libraries leave files that only their owner may read.
             entry.chmod(temporary.stat().st_mode & 0o666)
             _sync_file(entry)
         DISK.sync_folder(temporary)
@@ -221,8 +231,3 @@ def atomic_folder(out: Path, *, force: bool, known: frozenset[str]) -> Iterator[
         else:
             temporary.rename(out)
         DISK.sync_folder(out.parent)
-    except OSError as error:
-        raise RmmError(f"cannot write: {error.strerror or error}", path=str(out)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(backup, ignore_errors=True)

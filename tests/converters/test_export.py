@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,35 @@ def test_rename_that_fails_leaves_the_old_folder(kit, monkeypatch):
         get_exporter("peft").export(Made({"new": 1.0}), out, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert [p.name for p in kit.root.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("fmt", ["peft", "safetensors"])
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, fmt):
+    out = tmp_path / "out"
+
+    def killed():
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        task = Made({"q": 1.0})
+        task.factors = lambda _: killed()
+        get_exporter(fmt).export(task, out)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    maker = atomic_folder(out, force=True, known=frozenset(["x"]))
+    if fmt == "safetensors":
+        maker = atomic_file(out, force=True)
+    with maker as living:  # is not taken for one that was left
+        assert [p.name for p in tmp_path.iterdir()] == [living.name]
+        get_exporter(fmt).export(Made({"q": 1.0}), out, force=True)
+        assert {p.name for p in tmp_path.iterdir()} == {"out", living.name}
+        if fmt == "peft":
+            shutil.rmtree(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_destination_of_the_wrong_kind(kit):
