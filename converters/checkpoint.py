@@ -8,13 +8,15 @@ What is read is in :mod:`~rmmformat.converters.checkpoint_store`, what its tenso
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from rmmformat.converters.base import DEFAULTS, Options
 from rmmformat.converters.checkpoint_store import find_checkpoints, open_checkpoint
 from rmmformat.converters.checkpoint_task import CheckpointTask
 from rmmformat.converters.names import check_name, check_task_names
-from rmmformat.errors import OptionError, SourceError
+from rmmformat.converters.places import open_each
+from rmmformat.errors import OptionError
 from rmmformat.model import SourceTask
 
 __all__ = ["CheckpointImporter"]
@@ -61,23 +63,21 @@ class CheckpointImporter:
                 f"{path} holds a whole model, which can be read only beside its base",
                 hint="Name the model that it was trained from: --base FOLDER.",
             )
-        try:
-            found = find_checkpoints(path)
-            if not found:
-                raise SourceError("no model weights here or one folder below", path=str(path))
-            if name is not None and len(found) > 1:
-                raise SourceError(
-                    f"holds {len(found)} models, and {name!r} can name only one", path=str(path)
-                )
-            base = open_checkpoint(options.base, options)
-            tasks: list[SourceTask] = []
-            for place, folder in found:
-                tuned = open_checkpoint(folder, options)
-                own = name if name is not None else place or tuned.name
-                tasks.append(
-                    CheckpointTask(check_name(own, "task name", str(folder)), tuned, base, options)
-                )
-        except OSError as error:
-            raise SourceError(f"cannot read: {error}", path=str(path)) from error
+        base = functools.cache(functools.partial(open_checkpoint, options.base, options))
+
+        def open_one(folder: Path, own: str | None) -> SourceTask:
+            against = base()
+            tuned = open_checkpoint(folder, options)
+            own = check_name(tuned.name if own is None else own, "task name", str(folder))
+            return CheckpointTask(own, tuned, against, options)
+
+        tasks = open_each(
+            path,
+            name,
+            find_checkpoints,
+            open_one,
+            what="model weights here or one folder below",
+            many="models",
+        )
         check_task_names([(task.name, task.path) for task in tasks])
         return tasks

@@ -18,7 +18,7 @@ from rmmformat.converters.gguf_export import export_adapter
 from rmmformat.converters.gguf_import import open_adapter
 from rmmformat.converters.gguf_scan import has_magic
 from rmmformat.converters.names import check_task_names
-from rmmformat.errors import SourceError
+from rmmformat.converters.places import open_each
 from rmmformat.model import LedgerLine, SourceTask
 
 __all__ = ["GgufExporter", "GgufImporter"]
@@ -58,14 +58,14 @@ class GgufImporter:
         UnsupportedError
             An architecture, tensor or type that has no counterpart, or a head count is missing.
         """
-        found = _find(path)
-        if not found:
-            raise SourceError("no GGUF file here", path=str(path))
-        if name is not None and len(found) > 1:
-            raise SourceError(
-                f"holds {len(found)} adapters, and {name!r} can name only one", path=str(path)
-            )
-        tasks: list[SourceTask] = [open_adapter(file, name, options) for file in found]
+        tasks: list[SourceTask] = open_each(
+            path,
+            name,
+            lambda place: [(None, file) for file in _find(place)],
+            lambda file, own: open_adapter(file, own, options),
+            what="GGUF file here",
+            many="adapters",
+        )
         check_task_names([(task.name, task.path) for task in tasks])
         return tasks
 

@@ -15,6 +15,7 @@ of today's diffusers (``lora_A``, ``lora_B``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from rmmformat.converters.kohya_import import find_files, open_file
 from rmmformat.converters.kohya_layout import ADAPTER_METADATA, scales_of_metadata
 from rmmformat.converters.kohya_names import COMPONENTS, is_flat
 from rmmformat.converters.names import check_task_names
+from rmmformat.converters.places import open_each
 from rmmformat.converters.safetensors_writer import FactorReader, Planned, write_safetensors
 from rmmformat.errors import LossyConversionError, RmmError, SourceError, UnsupportedError
 from rmmformat.model import Action, LedgerLine, Role, SourceTask, TargetKind
@@ -73,28 +75,25 @@ class KohyaImporter:
         UnsupportedError
             Not plain LoRA, or pickled and that is not allowed.
         """
-        try:
+        files: list[Path] = []
+
+        def find(path: Path) -> Sequence[tuple[str | None, Path]]:
             found = find_files(path)
             if not found and not path.is_dir():
                 found = [(path.stem, path)]  # whoever names the format knows better
-            if not found:
-                raise SourceError("no LoRA file here or one folder below", path=str(path))
-            if name is not None and len(found) > 1:
-                raise SourceError(
-                    f"holds {len(found)} LoRA files, and {name!r} can name only one",
-                    path=str(path),
-                )
-            ours = {file for _, file in found} | {file.parent for _, file in found}
-            around = sorted(path.iterdir()) if path.is_dir() else []
-            beside = tuple(entry for entry in around if entry not in ours)
-            tasks: list[SourceTask] = [
-                open_file(file, place if name is None else name, options, () if number else beside)
-                for number, (place, file) in enumerate(found)
-            ]
-        except (OSError, ValueError) as error:
-            if isinstance(error, RmmError):
-                raise
-            raise SourceError(f"cannot read: {error}", path=str(path)) from error
+            files.extend(file for _, file in found)
+            return found
+
+        def open_one(file: Path, own: str | None) -> SourceTask:
+            beside: tuple[Path, ...] = ()  # what else lies there is told once
+            if path.is_dir() and file == files[0]:
+                ours = {*files, *(each.parent for each in files)}
+                beside = tuple(entry for entry in sorted(path.iterdir()) if entry not in ours)
+            return open_file(file, file.stem if own is None else own, options, beside)
+
+        tasks = open_each(
+            path, name, find, open_one, what="LoRA file here or one folder below", many="LoRA files"
+        )
         check_task_names([(task.name, task.path) for task in tasks])
         return tasks
 

@@ -28,6 +28,7 @@ from rmmformat.converters.checkpoint_store import Checkpoint, find_checkpoints, 
 from rmmformat.converters.lore_run import LoreRun
 from rmmformat.converters.lore_task import LoreTask
 from rmmformat.converters.names import check_name, check_task_names
+from rmmformat.converters.places import open_each
 from rmmformat.errors import OptionError, SourceError
 from rmmformat.model import SourceTask
 
@@ -90,24 +91,18 @@ class LoreImporter:
 
 
 def _open_source(name: str | None, path: Path, options: Options) -> list[tuple[str, Checkpoint]]:
-    try:
-        found = find_checkpoints(path)
-        if not found:
-            raise SourceError("no model weights here or one folder below", path=str(path))
-        if name is not None and len(found) > 1:
-            raise SourceError(
-                f"holds {len(found)} models, and {name!r} can name only one", path=str(path)
-            )
-        opened = []
-        for place, folder in found:
-            model = open_checkpoint(folder, options)
-            own = name if name is not None else place or model.name
-            opened.append((check_name(own, "task name", str(folder)), model))
-    except (OSError, ValueError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"cannot read: {error}", path=str(path)) from error
-    return opened
+    def open_one(folder: Path, own: str | None) -> tuple[str, Checkpoint]:
+        model = open_checkpoint(folder, options)
+        return check_name(model.name if own is None else own, "task name", str(folder)), model
+
+    return open_each(
+        path,
+        name,
+        find_checkpoints,
+        open_one,
+        what="model weights here or one folder below",
+        many="models",
+    )
 
 
 def _check(options: Options) -> Path:

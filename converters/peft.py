@@ -15,7 +15,7 @@ from rmmformat.converters.casting import cast_task
 from rmmformat.converters.names import check_task_names
 from rmmformat.converters.peft_export import export_adapter
 from rmmformat.converters.peft_import import find_adapters, open_adapter
-from rmmformat.errors import SourceError
+from rmmformat.converters.places import open_each
 from rmmformat.model import LedgerLine, SourceTask
 
 __all__ = ["PeftExporter", "PeftImporter"]
@@ -52,20 +52,14 @@ class PeftImporter:
         UnsupportedError
             Not plain LoRA, or a library is missing.
         """
-        try:
-            found = find_adapters(path)
-            if not found:
-                raise SourceError("no PEFT adapter here or one folder below", path=str(path))
-            if name is not None and len(found) > 1:
-                raise SourceError(
-                    f"holds {len(found)} adapters, and {name!r} can name only one", path=str(path)
-                )
-            tasks: list[SourceTask] = [
-                open_adapter(folder, place if name is None else name, options)
-                for place, folder in found
-            ]
-        except OSError as error:
-            raise SourceError(f"cannot read: {error}", path=str(path)) from error
+        tasks: list[SourceTask] = open_each(
+            path,
+            name,
+            find_adapters,
+            lambda folder, own: open_adapter(folder, own, options),
+            what="PEFT adapter here or one folder below",
+            many="adapters",
+        )
         check_task_names([(task.name, task.path) for task in tasks])
         return tasks
 
