@@ -8,10 +8,7 @@ one target of all tasks, and with an evaluation their deltas wait on disk until 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,21 +23,19 @@ import numpy.typing as npt
 from rmmformat._version import __version__
 from rmmformat.blas import with_one_thread
 from rmmformat.collection import open_collection
-from rmmformat.contenders import Computed, Contender, Delta, Dense, Stored, survey_target
+from rmmformat.contenders import Computed, Contender, Delta, Stored, survey_target
 from rmmformat.errors import OptionError, RmmError, UnsupportedError
 from rmmformat.format.catalog import TargetKey
 from rmmformat.inspect import compare_with_sources
 from rmmformat.merge.error import relative_error, summarize
 from rmmformat.model import Factors, SourceTask
 from rmmformat.pipeline import convert
+from rmmformat.scores import Evaluate, Scores, Spool, change, means, score_task
 
-__all__ = ["Comparison", "Evaluate", "Row", "compare", "load_evaluation"]
+__all__ = ["Comparison", "Row", "compare"]
 
 Array = npt.NDArray[np.generic]
 
-#: Called with a task's name, its deltas by target and its private tensors; higher is better, None
-#: leaves the task out.
-Evaluate = Callable[[str, Mapping[str, Factors], Mapping[str, Array]], float | None]
 Progress = Callable[[str, int, int], None]
 
 #: Errors below this are the rounding of the measurement (of float64, on deltas), and count as none.
@@ -73,6 +68,9 @@ class Row:
         Reading the sources and coding them.
     scores, score
         Of each task that has one, and their mean; None without an evaluation.
+    change, change_error
+        `score` less that of the row ``exact``, and the standard error of that difference, paired
+        by example; None without that row, or where the evaluation gives one number a task.
     best
         No other row has fewer or as many bytes and a smaller mean error.
     """
@@ -91,6 +89,8 @@ class Row:
     seconds: float | None = None
     scores: Mapping[str, float] | None = None
     score: float | None = None
+    change: float | None = None
+    change_error: float | None = None
     best: bool = False
     note: str = ""
 
@@ -116,32 +116,6 @@ class Comparison:
     original_bytes: int
     evaluation: str
     rows: tuple[Row, ...]
-
-
-def load_evaluation(text: str) -> Evaluate:
-    """Import ``MODULE:FUNCTION``, from the current folder too.
-
-    Raises
-    ------
-    OptionError
-        It is not of that form, or cannot be imported, or is no function.
-    """
-    module, _, name = text.partition(":")
-    if not module or not name:
-        raise OptionError(f"an evaluation is MODULE:FUNCTION, got {text!r}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise OptionError(f"cannot import {module}: {error}") from error
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise OptionError(f"{module} has no function {name}")
-    evaluate: Evaluate = found
-    return evaluate
 
 
 def compare(
@@ -184,6 +158,7 @@ def compare(
     if not targets.keys:
         raise RmmError("the sources have no targets to compare")
     found: list[Row] = []
+    scores: list[Scores] = []
     for number, contender in enumerate(rows):
 
         def step(done: int, total: int, at: int = number) -> None:
@@ -194,9 +169,11 @@ def compare(
         with tempfile.TemporaryDirectory(prefix="rmm-compare-") as folder:
             options = _Options(evaluate, allow_base_mismatch, dense_limit, Path(folder), executor)
             if isinstance(contender, Stored):
-                found.append(_stored(contender, targets, options, step))
+                row, scored = _stored(contender, targets, options, step)
             else:
-                found.append(with_one_thread(_computed, contender, targets, options, step))
+                row, scored = with_one_thread(_computed, contender, targets, options, step)
+        found.append(row)
+        scores.append(scored)
         step(1, 1)
     return Comparison(
         f"rmmformat {__version__}",
@@ -207,7 +184,7 @@ def compare(
         targets.f32_bytes,
         targets.original_bytes,
         evaluation if evaluate is not None else "",
-        _mark_best(found),
+        _mark_best(_changes(found, scores)),
     )
 
 
@@ -261,7 +238,7 @@ class _Targets:
 
 def _stored(
     contender: Stored, targets: _Targets, options: _Options, step: Callable[[int, int], None]
-) -> Row:
+) -> tuple[Row, Scores]:
     path = options.folder / "collection.rmm"
     start = time.perf_counter()
     try:
@@ -274,45 +251,46 @@ def _stored(
             progress=lambda what, done, total: step(done, 3 * total) if what == "targets" else None,
         )
     except (OptionError, UnsupportedError) as error:  # this method's limits, not the sources'
-        return _not_run(contender, str(error))
+        return _not_run(contender, str(error)), {}
     seconds = time.perf_counter() - start
     with open_collection(path) as collection:
         found = compare_with_sources(
             collection, targets.tasks, lambda done, total: step(total + done, 3 * total)
         )
-        scores: dict[str, float] = {}
+        scores: dict[str, npt.NDArray[np.float64]] = {}
         if options.evaluate is not None:
             for task in targets.tasks:
                 deltas, privates = collection.load(task.name), targets.privates(task)
-                scores |= _score(options.evaluate, task, deltas, privates)
+                scores |= score_task(options.evaluate, task, deltas, privates)
     errors = [error for task in found for error in task.errors.values()]
     problems = [f"{task.task}: {problem}" for task in found for problem in task.problems]
     row = _row(contender, targets, report.factor_bytes, errors, seconds, scores)
-    return dataclasses.replace(
+    row = dataclasses.replace(
         row,
         file_bytes=report.file_bytes - report.private_bytes,
         note="; ".join(problems[:3]),
     )
+    return row, scores
 
 
 def _computed(
     contender: Computed, targets: _Targets, options: _Options, step: Callable[[int, int], None]
-) -> Row:
+) -> tuple[Row, Scores]:
     if contender.dense:
         values, largest = max(
             (len(members) * key.shape.n_in * key.shape.n_out, key.name)
             for key, members in targets.members.items()
         )
         if values > options.dense_limit:
-            return _not_run(
-                contender,
+            reason = (
                 f"it needs the dense deltas of all tasks, {values:,} values at {largest}; the "
-                f"limit is {options.dense_limit:,} (--dense-limit)",
+                f"limit is {options.dense_limit:,} (--dense-limit)"
             )
+            return _not_run(contender, reason), {}
     start = time.perf_counter()
     plans = None if contender.plan is None else contender.plan(targets)
     errors: list[float] = []
-    spool = None if options.evaluate is None else _Spool(options.folder)
+    spool = None if options.evaluate is None else Spool(options.folder)
     n_bytes = 0
     for number, (key, members, factors) in enumerate(targets):
         rebuilt = contender.rebuild(factors, None if plans is None else plans[number])
@@ -322,12 +300,12 @@ def _computed(
             spool.add(key.name, [task.name for task in members], rebuilt.deltas)
         step(number + 1, 2 * targets.n_targets)
     seconds = time.perf_counter() - start
-    scores: dict[str, float] = {}
+    scores: dict[str, npt.NDArray[np.float64]] = {}
     if spool is not None and options.evaluate is not None:
         for task in targets.tasks:
             deltas, privates = spool.task(task.name), targets.privates(task)
-            scores |= _score(options.evaluate, task, deltas, privates)
-    return _row(contender, targets, n_bytes, errors, seconds, scores)
+            scores |= score_task(options.evaluate, task, deltas, privates)
+    return _row(contender, targets, n_bytes, errors, seconds, scores), scores
 
 
 def _error(original: Factors, delta: Delta) -> float:
@@ -342,23 +320,6 @@ def _error(original: Factors, delta: Delta) -> float:
     if energy == 0.0:
         return 0.0 if square == 0.0 else math.inf
     return math.sqrt(max(square - 2.0 * inner + energy, 0.0) / energy)
-
-
-def _score(
-    evaluate: Evaluate,
-    task: SourceTask,
-    deltas: Mapping[str, Factors],
-    privates: Mapping[str, Array],
-) -> dict[str, float]:
-    try:
-        score = evaluate(task.name, deltas, privates)
-        return {} if score is None else {task.name: float(score)}
-    except RmmError:
-        raise
-    except Exception as error:
-        raise RmmError(
-            f"the evaluation failed on task {task.name!r}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _not_run(contender: Contender, reason: str) -> Row:
@@ -377,8 +338,9 @@ def _row(
     n_bytes: int,
     errors: Sequence[float],
     seconds: float,
-    scores: Mapping[str, float],
+    scores: Scores,
 ) -> Row:
+    found = means(scores)
     summary = summarize(0.0 if error < _ROUNDING else error for error in errors)
     return Row(
         contender.family,
@@ -393,9 +355,21 @@ def _row(
         summary.median,
         summary.max,
         seconds,
-        dict(scores) or None,
-        float(np.mean(list(scores.values()))) if scores else None,
+        found or None,
+        float(np.mean(list(found.values()))) if found else None,
     )
+
+
+def _changes(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Row]:
+    """Each row with its score's distance from that of the originals."""
+    exact = [found for row, found in zip(rows, scores, strict=True) if row.family == "exact"]
+    if not exact:
+        return list(rows)
+    found = [change(scored, exact[0]) or (None, None) for scored in scores]
+    return [
+        dataclasses.replace(row, change=mean, change_error=error)
+        for row, (mean, error) in zip(rows, found, strict=True)
+    ]
 
 
 def _mark_best(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -415,60 +389,3 @@ def _mark_best(rows: Sequence[Row]) -> tuple[Row, ...]:
         )
 
     return tuple(dataclasses.replace(row, best=best(at)) for at, row in enumerate(rows))
-
-
-class _Spool:
-    """Deltas on disk, read when a task asks for them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._count = 0
-        self._where: dict[str, dict[str, tuple[int, float | None]]] = {}
-
-    def add(self, target: str, tasks: Sequence[str], deltas: Sequence[Delta]) -> None:
-        """Keep one target's deltas; one that several tasks share is written once."""
-        known: dict[int, tuple[int, float | None]] = {}
-        for task, delta in zip(tasks, deltas, strict=True):
-            if id(delta) not in known:
-                self._count += 1
-                if isinstance(delta, Dense):
-                    np.save(self._path("D"), delta.values.astype(np.float32))
-                    known[id(delta)] = (self._count, None)
-                else:
-                    np.save(self._path("A"), np.asarray(delta.A, np.float32))
-                    np.save(self._path("B"), np.asarray(delta.B, np.float32))
-                    known[id(delta)] = (self._count, delta.scale)
-            self._where.setdefault(task, {})[target] = known[id(delta)]
-
-    def task(self, name: str) -> Mapping[str, Factors]:
-        """One task's deltas."""
-        return _Spooled(self, self._where.get(name, {}))
-
-    def load(self, number: int, scale: float | None) -> Factors:
-        """Read one delta; a dense one becomes a product with the identity."""
-        if scale is not None:
-            return Factors(
-                np.load(self._path("A", number)), np.load(self._path("B", number)), scale
-            )
-        values = np.load(self._path("D", number))
-        n_out, n_in = values.shape
-        if n_out <= n_in:
-            return Factors(values, np.eye(n_out, dtype=np.float32), 1.0)
-        return Factors(np.eye(n_in, dtype=np.float32), values, 1.0)
-
-    def _path(self, kind: str, number: int | None = None) -> str:
-        return os.fspath(self._folder / f"{self._count if number is None else number}{kind}.npy")
-
-
-class _Spooled(Mapping[str, Factors]):
-    def __init__(self, spool: _Spool, where: Mapping[str, tuple[int, float | None]]) -> None:
-        self._spool, self._where = spool, where
-
-    def __getitem__(self, target: str) -> Factors:
-        return self._spool.load(*self._where[target])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)

@@ -17,7 +17,7 @@ from rmmformat.compare import Comparison, Row
 from rmmformat.contenders import FAMILIES
 from rmmformat.errors import UnsupportedError
 
-__all__ = ["check_plots", "render_page"]
+__all__ = ["check_plots", "render_page", "show_change"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -113,7 +113,14 @@ def render_page(comparison: Comparison, sources: Sequence[str]) -> str:
         f"<h1>{html.escape(title)}</h1>",
         '<p class="sub">Size: bytes for all factors over their bytes in float32. '
         "Error: relative Frobenius error of each task's delta at each target. "
-        "Bold: nothing else here is as small and as close.</p>",
+        "File: the whole file without private tensors (heads). "
+        "Bold: nothing else here is as small and as close."
+        + (
+            " Change: score less that of the originals, with its standard error, paired by example."
+            if any(row.change is not None for row in c.rows)
+            else ""
+        )
+        + "</p>",
     ]
     for heading, svg in plots:
         parts.append(f"<h2>{html.escape(heading)}</h2><figure>{svg}</figure>")
@@ -134,11 +141,19 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
+def show_change(row: Row) -> str:
+    """Say how far a row's score is from the originals', and how sure that is; may be empty."""
+    if row.change is None:
+        return ""
+    doubt = "" if row.change_error is None else f" ± {row.change_error:.2g}"
+    return f"{row.change:+.3g}{doubt}"
+
+
 def _table(c: Comparison) -> str:
     head = ["method", "bytes", "size, %", "of stored, %", "file, bytes",
             "mean error, %", "median", "max", "seconds"]  # fmt: skip
     if c.evaluation:
-        head += ["score", *c.tasks]
+        head += ["score", "change", *c.tasks]
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in [*head, ""]) + "</tr>"]
     for row in c.rows:
         cells = [
@@ -154,7 +169,7 @@ def _table(c: Comparison) -> str:
         ]
         if c.evaluation:
             scores = row.scores or {}
-            cells.append("" if row.score is None else f"{row.score:.4g}")
+            cells += ["" if row.score is None else f"{row.score:.4g}", show_change(row)]
             cells += [f"{scores[task]:.4g}" if task in scores else "" for task in c.tasks]
         body = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         note = f'<td class="note">{html.escape(row.note)}</td>'

@@ -10,11 +10,12 @@ from rmmformat.base_model import common_base
 from rmmformat.cli._exit import Verb
 from rmmformat.cli._options import Pool, Reading, reads_sources, workers
 from rmmformat.cli._render import note, percent, print_json, print_table, progress_bar, size
-from rmmformat.compare import DENSE_LIMIT, Comparison, compare, load_evaluation
+from rmmformat.compare import DENSE_LIMIT, Comparison, compare
 from rmmformat.contenders import FAMILIES, contenders
 from rmmformat.converters.files import atomic_file
 from rmmformat.pipeline import open_tasks
-from rmmformat.report import check_plots, render_page
+from rmmformat.report import check_plots, render_page, show_change
+from rmmformat.scores import load_evaluation
 
 __all__ = ["command"]
 
@@ -72,7 +73,7 @@ def _show_methods(ctx: click.Context, _param: object, value: bool) -> None:
     "evaluation",
     metavar="MODULE:FUNCTION",
     help="Score every task: called with its name, its deltas by target and its private "
-    "tensors; higher is better.",
+    "tensors; higher is better: one number, or one for each example, which gives a standard error.",
 )
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with plots.")
 @click.option(
@@ -153,7 +154,7 @@ def _show(found: Comparison) -> None:
     columns = ["", "method", ">bytes", ">size", ">of stored", ">file", ">mean error", ">median",
                ">max", ">seconds"]  # fmt: skip
     if found.evaluation:
-        columns.append(">score")
+        columns += [">score", ">change"]
     rows = []
     for row in found.rows:
         cells = [
@@ -169,7 +170,7 @@ def _show(found: Comparison) -> None:
             "-" if row.seconds is None else f"{row.seconds:.2f}",
         ]
         if found.evaluation:
-            cells.append("-" if row.score is None else f"{row.score:.4g}")
+            cells += ["-" if row.score is None else f"{row.score:.4g}", show_change(row) or "-"]
         rows.append(cells)
     print_table(
         f"{len(found.tasks)} tasks, {found.n_targets} targets; size: of {size(found.f32_bytes)} in "

@@ -41,8 +41,8 @@ SCHEMA = {
                 "additionalProperties": False,
                 "required": ["family", "method", "parameters", "keeps_tasks", "n_bytes",
                              "file_bytes", "fraction", "fraction_stored", "mean_error",
-                             "median_error", "max_error", "seconds", "scores", "score", "best",
-                             "note"],
+                             "median_error", "max_error", "seconds", "scores", "score", "change",
+                             "change_error", "best", "note"],
                 "properties": {
                     "family": {"enum": list(FAMILIES)},
                     "method": {"type": "string"},
@@ -59,6 +59,8 @@ SCHEMA = {
                     "scores": {"type": ["object", "null"],
                                "additionalProperties": {"type": "number"}},
                     "score": {"type": ["number", "null"]},
+                    "change": {"type": ["number", "null"]},
+                    "change_error": NUMBER,
                     "best": {"type": "boolean"},
                     "note": {"type": "string"},
                 },
@@ -76,6 +78,19 @@ def targets(task, deltas, privates):
 
 def some(task, deltas, privates):
     return 1.0 if task in ("imdb", "bbc") else None
+
+def examples(task, deltas, privates):
+    """Ten examples in amazon, twenty elsewhere; no delta has one wrong more in amazon, two in bbc."""
+    right = [1.0] * (9 if task == "amazon" else 19) + [0.0]
+    if not deltas["bert.encoder.layer.0.attention.self.query"].A.shape[0]:
+        right[: {"amazon": 1, "bbc": 2}.get(task, 0)] = [0.0] * {"amazon": 1, "bbc": 2}.get(task, 0)
+    return right
+
+def shapes(task, deltas, privates):
+    return [[1.0]]
+
+def fickle(task, deltas, privates):
+    return [1.0] * (2 + deltas["bert.encoder.layer.0.attention.self.query"].A.shape[0])
 
 def broken(task, deltas, privates):
     return {}["nothing"]
@@ -156,9 +171,33 @@ def test_evaluation_of_some_tasks(demo_adapters: Path, evaluation: str) -> None:
     assert row["score"] == 1.0
 
 
+def test_change_and_its_error_are_paired_by_example(demo_adapters: Path, evaluation: str) -> None:
+    words = (demo_adapters, "--methods", "none,exact", "--eval", f"{evaluation}:examples")
+    rows = {row["method"]: row for row in read(*words)["rows"]}
+    assert rows["exact"]["score"] == pytest.approx((0.9 + 7 * 0.95) / 8)
+    assert (rows["exact"]["change"], rows["exact"]["change_error"]) == (0.0, 0.0)
+    assert rows["no delta"]["change"] == pytest.approx(-(1 / 10 + 2 / 20) / 8)
+    # Differences are -1 in one of ten examples, and in two of twenty; var with n - 1.
+    square = (1 / 10) * (9 / 10) * (10 / 9) / 10 + (2 / 20) * (18 / 20) * (20 / 19) / 20
+    assert rows["no delta"]["change_error"] == pytest.approx(square**0.5 / 8)
+    shown = rmm("compare", *words).stdout
+    assert re.search(r"-0\.025 ± 0\.015", shown)
+
+
+def test_change_without_examples_or_originals(demo_adapters: Path, evaluation: str) -> None:
+    words = (demo_adapters, "--eval", f"{evaluation}:targets", "--methods")
+    none, _ = read(*words, "none,exact")["rows"]
+    assert none["change"] == pytest.approx(-0.16)
+    assert none["change_error"] is None
+    (none,) = read(*words, "none")["rows"]
+    assert (none["change"], none["change_error"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
+        ("shapes", 1, "the evaluation gave an array of shape (1, 1) for task 'amazon'"),
+        ("fickle", 1, "gave 2 numbers for task 'amazon', and 18 for its original"),
         ("broken", 1, "the evaluation failed on task 'amazon': KeyError: 'nothing'"),
         ("number", 2, "has no function number"),
         ("nothing", 2, "has no function nothing"),
@@ -167,7 +206,9 @@ def test_evaluation_of_some_tasks(demo_adapters: Path, evaluation: str) -> None:
 def test_evaluations_that_fail(
     demo_adapters: Path, evaluation: str, name: str, code: int, words: str
 ) -> None:
-    done = rmm("compare", demo_adapters, "--methods", "exact", "--eval", f"{evaluation}:{name}")
+    done = rmm(
+        "compare", demo_adapters, "--methods", "none,exact", "--eval", f"{evaluation}:{name}"
+    )
     assert done.exit_code == code
     assert words in done.stderr
 
