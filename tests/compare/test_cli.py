@@ -80,7 +80,7 @@ def some(task, deltas, privates):
     return 1.0 if task in ("imdb", "bbc") else None
 
 def examples(task, deltas, privates):
-    """Ten examples in amazon, twenty elsewhere; no delta has one wrong more in amazon, two in bbc."""
+    """Ten examples in amazon, twenty elsewhere; no delta errs in one more, and in two of bbc."""
     right = [1.0] * (9 if task == "amazon" else 19) + [0.0]
     if not deltas["bert.encoder.layer.0.attention.self.query"].A.shape[0]:
         right[: {"amazon": 1, "bbc": 2}.get(task, 0)] = [0.0] * {"amazon": 1, "bbc": 2}.get(task, 0)
