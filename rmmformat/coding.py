@@ -8,30 +8,24 @@ the target's factors, so targets can be coded anywhere and in any order.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from rmmformat._native import crc32c
 from rmmformat.errors import ShapeError
 from rmmformat.format.encodings import by_name
-from rmmformat.format.restore import sum_terms
-from rmmformat.format.writer import EncodedArray, EntryData, FramePart
+from rmmformat.format.writer import EntryData, FramePart
+from rmmformat.merge.error import error_of_grams, row_gram
 from rmmformat.merge.gauge import align as align_factors
-from rmmformat.merge.rmm import Grouping, max_components, merge, pad_rank
-from rmmformat.model import Factors
+from rmmformat.model import Array, Factors
 from rmmformat.planned import ErrorPlan, SizePlan, code_to_error, code_to_size, plan_size, survey
-from rmmformat.rows import (
-    CodedTarget,
-    common_dtype,
-    digest,
-    dtype_codes,
-    encode_rows,
-    exact_rows,
-    measure,
-)
+from rmmformat.published import Align, Published, code_published
+from rmmformat.rows import CodedTarget, InTurn, digest, dtype_codes, encode_rows, exact_rows
+from rmmformat.threads import each
 
 __all__ = [
     "Align",
@@ -45,10 +39,9 @@ __all__ = [
     "Size",
     "Targets",
     "code_target",
+    "code_target_whole",
+    "hardly_works",
 ]
-
-Float32 = npt.NDArray[np.float32]
-Align = Literal["none", "svd", "procrustes"]
 
 
 class Targets(Protocol):
@@ -72,24 +65,6 @@ class _Uniform:
     def prepare(self, _targets: Targets) -> Callable[[Hashable], Job]:
         """Give the job of each target."""
         return lambda _key: self  # type: ignore[return-value]  # every subclass is a Job
-
-
-@dataclasses.dataclass(frozen=True)
-class Published(_Uniform):
-    """RMM as published: a mean, p directions, and every task's coefficients (arXiv 2510.14163).
-
-    Without an encoding rows are kept in the dtype of the originals, so that a merge of f16 adapters
-    is not twice as wide as they are; f32 where they differ.
-    """
-
-    components: int
-    grouping: Grouping = "position"
-    align: Align = "none"
-    encoding: str | None = None
-
-    def describe(self) -> dict[str, object]:
-        """Name and parameters for the metadata."""
-        return {"name": "rmm", **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +130,13 @@ Method = Published | Plain | Exact | MaxError | Size
 Job = Published | Plain | Exact | ErrorPlan | SizePlan
 
 
+def hardly_works(method: Method) -> bool:
+    """Whether a method takes little longer than reading, so that sending factors away is no use."""
+    if isinstance(method, Published):
+        return method.align == "none" and method.grouping == "position"
+    return isinstance(method, Exact)
+
+
 def code_target(job: Job, factors: Sequence[Factors]) -> CodedTarget:
     """Code one target of a collection.
 
@@ -178,7 +160,7 @@ def code_target(job: Job, factors: Sequence[Factors]) -> CodedTarget:
     if len(sides) > 1:
         raise ShapeError(f"tasks disagree about the sides of a target: {sorted(sides)}")
     coders: dict[type, Callable[..., CodedTarget]] = {
-        Published: _published,
+        Published: code_published,
         Plain: _plain,
         Exact: _exact,
         ErrorPlan: code_to_error,
@@ -187,138 +169,95 @@ def code_target(job: Job, factors: Sequence[Factors]) -> CodedTarget:
     return coders[type(job)](job, factors)
 
 
-def _published(method: Published, factors: Sequence[Factors]) -> CodedTarget:
-    code = common_dtype(factors) if method.encoding is None else by_name(method.encoding).code
-    pairs = [(f.A, f.B) for f in factors]
-    if method.align != "none":
-        pairs = list(align_factors(pairs, method.align))
-    ranks = [f.rank for f in factors]
-    parts, coefficients, restore = [], [], []
-    for side in ([a for a, _ in pairs], [b.T for _, b in pairs]):
-        # The stack is twice the factors of all tasks or more: one at a time, and gone after use.
-        stack: npt.NDArray[np.float64] = pad_rank(side, np.float64)  # type: ignore[assignment]
-        part, numbers, terms = _shared(stack, ranks, method, code)
-        del stack
-        parts.append(part)
-        coefficients.append(numbers)
-        restore.append(terms)
-    entries = []
-    for t, original in enumerate(factors):
-        rows = [terms(t, original.rank) for terms in restore]
-        own = [None if numbers is None else numbers[t] for numbers in coefficients]
-        entries.append(
-            EntryData(
-                original.scale,
-                original.rank,
-                1,
-                own[0],
-                None,
-                own[1],
-                None,
-                *dtype_codes(original),
-                error=measure(original, rows[0], rows[1]),
-            )
-        )
-    return CodedTarget(((parts[0], parts[1]),), tuple(entries))
-
-
-def _shared(
-    stack: npt.NDArray[np.float64], ranks: Sequence[int], method: Published, code: int
-) -> tuple[FramePart, list[EncodedArray] | None, Callable[[int, int], Float32]]:
-    """Shared part of one factor, every task's coefficients, and how a task comes back."""
-    n, rank, length = stack.shape
-    mixing = method.grouping == "row"
-    group = {"position": 1}.get(str(method.grouping), length)
-    if isinstance(method.grouping, int):
-        group = method.grouping
-    n_values = length if mixing else rank * min(group, length)
-    p = min(method.components, max_components(n, n_values, rows=rank if mixing else 1))
-    shared, numbers = merge(stack, p, method.grouping)
-    assert shared.mean is not None  # merged with centring  # noqa: S101
-    mean, mean_read = encode_rows(shared.mean, code)
-    if p == 0:
-        part = FramePart(shared.group, 0, rank, mean, None, mixing)
-        return part, None, lambda _t, r: mean_read[:r]
-    basis, basis_read = encode_rows(shared.basis.reshape(-1, length), code)
-    directions = basis_read.reshape(p, -1, length)
-    encoded, read = zip(
-        # With row mixing a task has coefficients for each of its own rows (Kc = its rank).
-        *(
-            encode_rows(task[:, : r if mixing else 1].reshape(p, -1), code)
-            for task, r in zip(numbers, ranks, strict=True)
-        ),
-        strict=True,
-    )
-    part = FramePart(shared.group, p, rank, mean, basis, mixing)
-
-    def restore(t: int, r: int) -> Float32:
-        return sum_terms(
-            r,
-            length,
-            mean=mean_read,
-            basis=directions,
-            coefficients=read[t],
-            residual=None,
-            group=shared.group,
-            row_mixing=mixing,
-        )
-
-    return part, list(encoded), restore
+def code_target_whole(job: Job, factors: Sequence[Factors]) -> CodedTarget:
+    """Code one target, all of its entries at once: what can be sent back from elsewhere."""
+    return code_target(job, factors).whole()
 
 
 def _plain(method: Plain, factors: Sequence[Factors]) -> CodedTarget:
     code = by_name(method.encoding).code
-    pairs = align_factors([(f.A, f.B) for f in factors], method.align)
-    entries = []
-    for original, (a, b) in zip(factors, pairs, strict=True):
+
+    def entry(t: int) -> EntryData:
+        original = factors[t]
+        ((a, b),) = align_factors([(original.A, original.B)], method.align)
         (coded_a, read_a), (coded_b, read_b) = (
             encode_rows(rows.astype(np.float32), code) for rows in (a, b.T)
         )
-        error = measure(original, read_a, read_b)
-        codes = dtype_codes(original)
-        entries.append(
-            EntryData(
-                original.scale, original.rank, 0, None, coded_a, None, coded_b, *codes, error=error
-            )
+        # Against what was coded, which is the original in this form to float64 rounding.
+        error = error_of_grams(row_gram(a, read_a), row_gram(b.T, read_b))
+        return EntryData(
+            original.scale,
+            original.rank,
+            0,
+            None,
+            coded_a,
+            None,
+            coded_b,
+            *dtype_codes(original),
+            error=error if original.scale else 0.0,
         )
-    return CodedTarget((), tuple(entries))
+
+    return CodedTarget((), InTurn(entry, len(factors)))
 
 
 def _exact(_method: Exact, factors: Sequence[Factors]) -> CodedTarget:
-    sides = [[exact_rows(f.A) for f in factors], [exact_rows(f.B.T) for f in factors]]
-    keys = [[digest(array) for array in side] for side in sides]
-    shared_keys = [
-        tuple(key if key is not None and side.count(key) > 1 else None for side, key in
-              zip(keys, pair, strict=True))
-        for pair in zip(*keys, strict=True)
-    ]  # fmt: skip
+    keys = _equal_keys(factors)
     clusters: dict[tuple[str | None, ...], int] = {}
     frames: list[tuple[FramePart | None, FramePart | None]] = []
-    entries = []
-    for t, original in enumerate(factors):
-        key, arrays = shared_keys[t], [side[t] for side in sides]
+    for key, original in zip(keys, factors, strict=True):
         if any(key) and key not in clusters:
-            lengths = (original.A.shape[1], original.B.shape[0])
             parts = [
-                None if name is None else FramePart(length, 0, original.rank, array, None)
-                for name, length, array in zip(key, lengths, arrays, strict=True)
+                None
+                if name is None
+                else FramePart(rows.shape[1], 0, len(rows), exact_rows(rows), None)
+                for name, rows in zip(key, (original.A, original.B.T), strict=True)
             ]
             frames.append((parts[0], parts[1]))
             clusters[key] = len(frames)
+
+    def entry(t: int) -> EntryData:
+        original = factors[t]
         residual = [
-            array if name is None else None for name, array in zip(key, arrays, strict=True)
+            exact_rows(rows) if name is None else None
+            for name, rows in zip(keys[t], (original.A, original.B.T), strict=True)
         ]
-        entries.append(
-            EntryData(
-                original.scale,
-                original.rank,
-                clusters.get(key, 0),
-                None,
-                residual[0],
-                None,
-                residual[1],
-                *dtype_codes(original),
-                error=0.0,
-            )
+        return EntryData(
+            original.scale,
+            original.rank,
+            clusters.get(keys[t], 0),
+            None,
+            residual[0],
+            None,
+            residual[1],
+            *dtype_codes(original),
+            error=0.0,
         )
-    return CodedTarget(tuple(frames), tuple(entries))
+
+    return CodedTarget(tuple(frames), InTurn(entry, len(factors)))
+
+
+def _equal_keys(factors: Sequence[Factors]) -> list[tuple[str | None, str | None]]:
+    """For each task's A and B a key of its bits, where another task has the same; else None."""
+    sides = []
+    for arrays, turned in (([f.A for f in factors], False), ([f.B for f in factors], True)):
+        # Only among equal checksums can there be equal arrays; bytes of unlike dtypes do not tell.
+        if len({array.dtype for array in arrays}) == 1:
+            sums = list(each(_checksum, arrays))
+        else:
+            sums = [0] * len(arrays)
+        seen = collections.Counter(sums)
+        candidates = [t for t, own in enumerate(sums) if seen[own] > 1]
+        rows = (arrays[t].T if turned else arrays[t] for t in candidates)
+        digests = dict(zip(candidates, each(_digest, rows), strict=True))
+        often = collections.Counter(digests.values())
+        keys = [digests.get(t) for t in range(len(arrays))]
+        sides.append([key if often[key] > 1 else None for key in keys])
+    return list(zip(*sides, strict=True))
+
+
+def _checksum(array: Array) -> int:
+    return crc32c(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _digest(rows: Array) -> str | None:
+    return digest(exact_rows(rows))

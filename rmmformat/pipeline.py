@@ -17,7 +17,13 @@ from typing import Any, TypeVar
 
 from rmmformat.base_model import common_base
 from rmmformat.blas import one_thread, with_one_thread
-from rmmformat.coding import CodedTarget, Method, code_target
+from rmmformat.coding import (
+    CodedTarget,
+    Method,
+    code_target,
+    code_target_whole,
+    hardly_works,
+)
 from rmmformat.converters.base import DEFAULTS, Options, Prepared
 from rmmformat.converters.names import check_task_names
 from rmmformat.converters.registry import collect
@@ -309,7 +315,10 @@ def code_targets(
 ) -> Iterator[tuple[TargetKey, CodedTarget]]:
     """Code every target as the method has it, in any order."""
     job = method.prepare(CollectionTargets(by_target, executor, progress))
-    return map_targets(lambda key: functools.partial(code_target, job(key)), by_target, executor)
+    if hardly_works(method):
+        executor = None
+    code = code_target if executor is None else code_target_whole
+    return map_targets(lambda key: functools.partial(code, job(key)), by_target, executor)
 
 
 @dataclasses.dataclass(frozen=True)

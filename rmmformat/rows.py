@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,11 @@ from rmmformat.format.encodings import decode_run, encode_run
 from rmmformat.format.writer import EncodedArray, EntryData, FramePart
 from rmmformat.merge.error import relative_error
 from rmmformat.model import Factors
+from rmmformat.threads import each
 
 __all__ = [
     "CodedTarget",
+    "InTurn",
     "common_dtype",
     "digest",
     "dtype_codes",
@@ -39,14 +41,30 @@ class CodedTarget:
     frames
         Shared parts, cluster 1 first: one part for A and one for B, or None.
     entries
-        For each task, in the order given; `error` is measured on the decoded bytes.
+        For each task, in the order given; `error` is measured on the decoded bytes.  They may be
+        made as they are taken (:class:`InTurn`), so that no more than a few are in memory.
     known_frames
         Frames that the file has of this target already: cluster numbers count them first.
     """
 
     frames: tuple[tuple[FramePart | None, FramePart | None], ...]
-    entries: tuple[EntryData, ...]
+    entries: Iterable[EntryData]
     known_frames: int = 0
+
+    def whole(self) -> CodedTarget:
+        """The same with all entries made, to travel or to be kept."""
+        return dataclasses.replace(self, entries=tuple(self.entries))
+
+
+@dataclasses.dataclass(frozen=True)
+class InTurn(Iterable[EntryData]):
+    """Entries that a function of the task's number makes, on a few threads, as they are taken."""
+
+    entry: Callable[[int], EntryData]
+    n_tasks: int
+
+    def __iter__(self) -> Iterator[EntryData]:
+        return each(self.entry, range(self.n_tasks))
 
 
 def encode_rows(rows: Float32, code: int) -> tuple[EncodedArray, Float32]:

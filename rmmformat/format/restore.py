@@ -96,11 +96,13 @@ def sum_terms(
         n_groups = -(-length // group)
         spread = np.repeat(np.arange(n_groups), group)[:length]
         for direction, numbers in zip(basis, coefficients, strict=True):
-            weight = numbers.reshape(rank if row_mixing else 1, n_groups)[:, spread]
+            weight = numbers.reshape(rank if row_mixing else 1, n_groups)
+            if group > 1:
+                weight = weight[:, spread]
             rows = direction if row_mixing else direction[:rank]
             with np.errstate(over="ignore", invalid="ignore"):  # stored infinities are legal
-                product = np.broadcast_to(weight * rows, (rank, length))
-                total = product.copy() if total is None else total + product
+                product = weight * rows
+                total = product if total is None else np.add(total, product, out=total)
     if residual is not None:
         with np.errstate(over="ignore", invalid="ignore"):
             total = residual if total is None else total + residual

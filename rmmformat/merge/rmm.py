@@ -25,14 +25,15 @@ Source: Reversible Model Merging, arXiv 2510.14163; Eckart & Young (1936) for th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rmmformat import _native
 from rmmformat.errors import NonFiniteError, ShapeError
+from rmmformat.merge.principal import directions, energy, fit
 
 __all__ = [
     "Grouping",
@@ -40,6 +41,7 @@ __all__ = [
     "factor_storage_fraction",
     "max_components",
     "merge",
+    "merge_tasks",
     "pad_rank",
     "reconstruct",
     "storage_fraction",
@@ -53,6 +55,11 @@ Grouping = Literal["position", "factor", "row"] | int
 # Values of one block of groups in float64: about 16 MB, so that a handful of temporaries stay small
 # beside the input while each numpy call still has thousands of groups to work on.
 _BLOCK_VALUES = 2_000_000
+
+# Values of a block of positions in float64 on its way to native code: 2 MB, but some cache lines of
+# positions at least, however many tasks there are.
+_STACK_VALUES = 1 << 18
+_STACK_POSITIONS = 64
 
 # A direction that carries less than this part of the norm of its group is float64 rounding noise
 # (of the mean, or of a group of lower rank), not data: it is stored as zero.
@@ -198,9 +205,9 @@ def merge(
         limit = max_components(n, length if rows else r * m, center, rows=r if rows else 1)
         if min(components, limit) == 0:
             continue
-        floor = _NOISE**2 * _energy(_to_groups(block, m, rows))
-        stored = _directions(_to_groups(block - mean, m, rows), min(components, limit), floor)
-        fitted = _fit(_to_groups(against, m, rows), stored)
+        floor = _NOISE**2 * energy(_to_groups(block, m, rows))
+        stored = directions(_to_groups(block - mean, m, rows), min(components, limit), floor)
+        fitted = fit(_to_groups(against, m, rows), stored)
         kept, first = stored.shape[1], start // group
         if rows:
             basis[:kept, 0] = stored[0]
@@ -216,6 +223,71 @@ def merge(
     if not np.isfinite(coefs).all():
         raise NonFiniteError("factors hold values beyond float32")
     return Shared(mean32 if center else None, basis, group, rows), coefs
+
+
+def merge_tasks(
+    factors: Sequence[Array],
+    components: int,
+    grouping: Grouping = "position",
+    center: bool = True,
+    each: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map,
+) -> tuple[Shared, F32]:
+    """Merge as :func:`merge` does, from the tasks' arrays where they lie, block by block.
+
+    Parameters
+    ----------
+    factors
+        (r_t, L) for each task, component-major, any real dtypes; a lower rank counts as rows of
+        zeros.
+    components, grouping, center
+        As for :func:`merge`.
+    each
+        Applies a function to every block: ``map``, or that of a pool of threads.
+
+    Returns
+    -------
+    shared : Shared
+    coefs : (n, p, Kc, G) float32
+        The same bits as of ``merge(pad_rank(factors, float64), ...)``.
+
+    Raises
+    ------
+    ShapeError, NonFiniteError
+        As :func:`merge` and :func:`pad_rank`.
+
+    Notes
+    -----
+    Where groups are small, memory beyond input and output is a block of positions in float64 (2 MB,
+    or 64 positions of many tasks) for each thread; of large groups it is all of the input.
+    """
+    if not factors or any(x.ndim != 2 for x in factors) or len({x.shape[1] for x in factors}) != 1:
+        raise ShapeError("need factors of two dimensions and one length")
+    n, rank, length = len(factors), max(x.shape[0] for x in factors), factors[0].shape[1]
+    group = _group_length(grouping, length)
+    if components < 0:
+        raise ShapeError(f"components must not be negative, got {components}")
+    if grouping == "row" or not rank or not _native.principal_possible(n, rank * group):
+        return merge(pad_rank(factors, np.float64), components, grouping, center)
+    mean = np.empty((rank, length), np.float32)
+    basis = np.empty((components, rank, length), np.float32)
+    coefs = np.empty((n, components, 1, -(-length // group)), np.float32)
+    step = max(_STACK_VALUES // (n * rank), _STACK_POSITIONS)
+    step = -(-step // group) * group
+
+    def work(start: int) -> None:
+        stop = min(start + step, length)
+        stack = np.zeros((n, rank, stop - start))
+        for rows, x in zip(stack, factors, strict=True):
+            rows[: x.shape[0]] = x[:, start:stop]
+        found = _native.find_principal(stack, group, components, center, 1)
+        if found is None:
+            raise NonFiniteError("factors hold NaN, infinity or values beyond float32")
+        mean[:, start:stop], basis[:, :, start:stop] = found[:2]
+        coefs[:, :, 0, start // group : -(-stop // group)] = found[2]
+
+    for _ in each(work, range(0, length, step)):
+        pass
+    return Shared(mean if center else None, basis, group, False), coefs
 
 
 def _merge_small(factors: Array, components: int, group: int, center: bool) -> tuple[Shared, F32]:
@@ -385,73 +457,3 @@ def _to_groups(block: F64, m: int, rows: bool) -> F64:
         return block.reshape(1, n * r, columns)
     grouped = block.reshape(n, r, columns // m, m).transpose(2, 0, 1, 3)
     return np.ascontiguousarray(grouped).reshape(columns // m, n, r * m)
-
-
-def _directions(points: F64, p: int, floor: F64) -> F32:
-    """Top principal directions of each group, (G, p, D) float32, from points (G, N, D).
-
-    `floor` (G,) is the energy at or below which a direction is noise.
-    """
-    n_points, n_values = points.shape[1:]
-    transposed = points.transpose(0, 2, 1)
-    by_point = n_points <= n_values
-    gram = points @ transposed if by_point else transposed @ points
-    # eigh sorts upwards.
-    leading = np.linalg.eigh(gram)[1][:, :, ::-1][:, :, :p].transpose(0, 2, 1)
-    # From points to values: u^T X = s v^T; the normalisation divides by s.
-    found = _orthonormal(leading @ points) if by_point else np.ascontiguousarray(leading)
-    # Eigenvalues of the Gram matrix cannot tell energies below 1e-16 of the largest from nothing.
-    # The energy measured along an orthonormal direction can, and p >= the limit then leaves no
-    # small direction out.
-    along = found @ transposed
-    energy = np.einsum("gpn,gpn->gp", along, along)
-    found = np.where((energy > floor[:, None])[:, :, None], found, 0.0)
-    at = np.abs(found).argmax(axis=2)[:, :, None]
-    sign = np.where(np.take_along_axis(found, at, axis=2) < 0.0, -1.0, 1.0)
-    return (found * sign).astype(np.float32)
-
-
-def _orthonormal(vectors: F64) -> F64:
-    """Gram-Schmidt within each group, rows in order, two passes; dependent rows become zero.
-
-    Directions of small energy, computed through the Gram matrix, lean on the larger ones by
-    rounding; a second pass makes them orthogonal to float64 rounding ("twice is enough": a row
-    that the second pass shortens again was nothing but rounding noise).  Plain sums instead of a
-    library QR, since that would go group by group.
-    """
-    out = np.zeros_like(vectors)
-    for j in range(vectors.shape[1]):
-        v, kept = _unit(vectors[:, j]), np.ones(len(vectors), bool)
-        for _ in range(2 if j else 0):
-            along = out[:, :j] @ v[:, :, None]
-            rest = v - (out[:, :j].transpose(0, 2, 1) @ along)[:, :, 0]
-            v, kept = _unit(rest), np.einsum("gd,gd->g", rest, rest) > 0.25
-        out[:, j] = np.where(kept[:, None], v, 0.0)
-    return out
-
-
-def _unit(v: F64) -> F64:
-    """Scale each row to norm 1; a zero row stays zero."""
-    # Scaling by the largest entry first keeps the squares of tiny vectors from vanishing.
-    top = np.abs(v).max(axis=1, keepdims=True)
-    v = v / np.where(top > 0.0, top, 1.0)
-    norm = np.sqrt(np.einsum("gd,gd->g", v, v))[:, None]
-    return v / np.where(norm > 0.0, norm, 1.0)
-
-
-def _energy(points: F64) -> F64:
-    """Sum of squares of each group."""
-    energy: F64 = np.einsum("gnd,gnd->g", points, points)
-    return energy
-
-
-def _fit(points: F64, stored: F32) -> F32:
-    """Least-squares coefficients (G, N, p) of points (G, N, D) on directions (G, p, D)."""
-    basis = stored.astype(np.float64)
-    gram = basis @ basis.transpose(0, 2, 1)
-    # A zero direction has a zero row; a one on its diagonal makes its coefficient 0.
-    diagonal = np.einsum("gpp->gp", gram)
-    diagonal[diagonal == 0.0] = 1.0
-    right = basis @ points.transpose(0, 2, 1)
-    with np.errstate(over="ignore"):  # the caller refuses what float32 cannot hold
-        return np.linalg.solve(gram, right).transpose(0, 2, 1).astype(np.float32)
