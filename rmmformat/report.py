@@ -116,7 +116,8 @@ def render_page(comparison: Comparison, sources: Sequence[str]) -> str:
         "File: the whole file without private tensors (heads). "
         "Bold: nothing else here is as small and as close."
         + (
-            " Change: score less that of the originals, with its standard error, paired by example."
+            " Change: score less that of the originals; where examples were scored singly, with "
+            "its standard error, paired by example (the bars)."
             if any(row.change is not None for row in c.rows)
             else ""
         )
@@ -191,7 +192,7 @@ def _plot(rows: Sequence[Row], what: str, label: str) -> str:
         factor = 100.0 if what == "mean_error" else 1.0
         for family in FAMILIES:
             points = sorted(
-                (100 * row.fraction, factor * value)
+                (100 * row.fraction, factor * value, row.change_error or 0.0)
                 for row in rows
                 if row.family == family and row.fraction
                 for value in [getattr(row, what)]
@@ -200,8 +201,11 @@ def _plot(rows: Sequence[Row], what: str, label: str) -> str:
             )  # fmt: skip
             if points:
                 color, marker = _LOOKS[family]
+                x, y, doubt = zip(*points, strict=True)
+                if what == "score" and any(doubt):
+                    axes.errorbar(x, y, doubt, linestyle="none", ecolor=color, elinewidth=1)
                 axes.plot(
-                    *zip(*points, strict=True),
+                    x, y,
                     linestyle="-" if family in _LINES else "none",
                     color=color, marker=marker, markersize=6, linewidth=1.4, label=family,
                 )  # fmt: skip

@@ -171,8 +171,11 @@ def test_evaluation_of_some_tasks(demo_adapters: Path, evaluation: str) -> None:
     assert row["score"] == 1.0
 
 
-def test_change_and_its_error_are_paired_by_example(demo_adapters: Path, evaluation: str) -> None:
-    words = (demo_adapters, "--methods", "none,exact", "--eval", f"{evaluation}:examples")
+def test_change_and_its_error_are_paired_by_example(
+    demo_adapters: Path, tmp_path: Path, evaluation: str
+) -> None:
+    words = (demo_adapters, "--methods", "none,exact,rmm", "--components", 1, "--eval",
+             f"{evaluation}:examples")  # fmt: skip
     rows = {row["method"]: row for row in read(*words)["rows"]}
     assert rows["exact"]["score"] == pytest.approx((0.9 + 7 * 0.95) / 8)
     assert (rows["exact"]["change"], rows["exact"]["change_error"]) == (0.0, 0.0)
@@ -180,8 +183,11 @@ def test_change_and_its_error_are_paired_by_example(demo_adapters: Path, evaluat
     # Differences are -1 in one of ten examples, and in two of twenty; var with n - 1.
     square = (1 / 10) * (9 / 10) * (10 / 9) / 10 + (2 / 20) * (18 / 20) * (20 / 19) / 20
     assert rows["no delta"]["change_error"] == pytest.approx(square**0.5 / 8)
-    shown = rmm("compare", *words).stdout
+    page = tmp_path / "page.html"
+    shown = rmm("compare", *words, "--html", page).stdout
     assert re.search(r"-0\.025 ± 0\.015", shown)
+    text = page.read_text(encoding="utf-8")
+    assert "<td>-0.025 ± 0.015</td>" in text
 
 
 def test_change_without_examples_or_originals(demo_adapters: Path, evaluation: str) -> None:
