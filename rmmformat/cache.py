@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rmmformat.ahead import Ahead
 from rmmformat.arena import Arena
 from rmmformat.collection import Collection, LoadedTask
 from rmmformat.errors import OptionError
@@ -94,6 +95,7 @@ class TaskCache:
         self._kept: collections.OrderedDict[str, LoadedTask] = collections.OrderedDict()
         self._loading: dict[str, Future[LoadedTask | None]] = {}
         self._n_bytes = self._loads = self._hits = self._evictions = 0
+        self._ahead = Ahead()
 
     def __repr__(self) -> str:
         now = self.stats
@@ -121,6 +123,22 @@ class TaskCache:
             As :meth:`Collection.load`.  Every thread that waits for the task gets the error; it is
             not kept, so that the next call tries again.
         """
+        self._ahead.call_off(task)
+        return self._get(task)
+
+    def prefetch(self, task: str) -> None:
+        """Reconstruct a task on a thread, so that :meth:`get` finds it, or waits for less.
+
+        For a task that is expected next, while the current one is evaluated.  It counts as used
+        then, and is kept like any other: what the budget has no room for is not worth it.  If it
+        cannot be reconstructed, :meth:`get` says so.
+        """
+        with self._lock:
+            if task in self._kept or task in self._loading:
+                return
+        self._ahead.begin(task, lambda: self._get(task))
+
+    def _get(self, task: str) -> LoadedTask:
         while True:
             with self._lock:
                 kept = self._kept.get(task)

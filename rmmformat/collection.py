@@ -188,10 +188,10 @@ class Collection:
 
         Source: specification, section 8.
         """
-        code = _factor_code(dtype)
-        entries, n_bytes = self._native.entries(self._task(task), code)
+        code, number = _factor_code(dtype), self._task(task)
+        entries, n_bytes = self._native.entries(number, code)
         arena = self._pool.lend(n_bytes) if out is None else _checked(out, n_bytes)
-        self.load_into(task, arena, dtype=dtype, threads=threads)
+        self._load(number, code, arena, threads)
         kind = layout.DTYPES[code]
         factors = {
             entry.target: Factors(
@@ -210,9 +210,18 @@ class Collection:
 
         For those who have views, of another task of the same shapes.  Raises as :meth:`load`.
         """
-        number = self._task(task)
+        self._load(self._task(task), _factor_code(dtype), _checked(out, 0), threads)
+
+    def _load(self, number: int, code: int, out: npt.NDArray[np.uint8], threads: int) -> None:
         self._need(Index.payload_of, number)
-        self._native.load_task(number, _factor_code(dtype), _checked(out, 0), threads)
+        self._native.load_task(number, code, out, threads)
+
+    def places(
+        self, task: str, *, dtype: str | np.dtype[Any] = "f32"
+    ) -> Mapping[str, tuple[int, int]]:
+        """Where :meth:`load` puts A and B of each target: bytes from the start of the arena."""
+        entries, _ = self._native.entries(self._task(task), _factor_code(dtype))
+        return {entry.target: (entry.offset_a, entry.offset_b) for entry in entries}
 
     def arena_bytes(self, task: str, *, dtype: str | np.dtype[Any] = "f32") -> int:
         """Bytes of memory that :meth:`load` needs for a task."""

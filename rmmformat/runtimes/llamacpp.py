@@ -22,33 +22,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
-import importlib
 import importlib.util
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import numpy as np
-
-from rmmformat.collection import Collection, LoadedTask
+from rmmformat.ahead import Ahead
+from rmmformat.collection import Collection
 from rmmformat.converters.base import Options
 from rmmformat.converters.gguf_base import Base, open_base
 from rmmformat.converters.gguf_layout import Layout, Plan, base_for, plan
-from rmmformat.converters.gguf_payload import header, payload
-from rmmformat.converters.gguf_scales import is_exact
-from rmmformat.errors import (
-    InternalError,
-    LossyConversionError,
-    OptionError,
-    RmmError,
-    UnsupportedError,
-)
-from rmmformat.model import Factors
-from rmmformat.runtimes._memory_file import MemoryFile
+from rmmformat.errors import OptionError, RmmError, UnsupportedError
+from rmmformat.runtimes.llamacpp_file import MemoryAdapter, Recipe, recipe_for
+from rmmformat.runtimes.llamacpp_switch import Switch
 
 __all__ = ["AdapterPath", "Adapters", "Switch", "adapter_file"]
 
@@ -125,9 +113,10 @@ class Adapters:
         self._options = Options(dtype=dtype, drop_private=drop_private, names=dict(names or {}))
         self._keep = keep
         self._lock = threading.Lock()
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, tuple[Plan, Recipe]] = {}
         self._layouts: dict[Layout, Layout] = {}  # equal ones are one object
-        self._free: dict[int, list[_Template]] = collections.defaultdict(list)  # id of a layout
+        self._free: dict[int, list[MemoryAdapter]] = collections.defaultdict(list)  # id of a layout
+        self._ahead = Ahead()
         self._closed = False
 
     def __enter__(self) -> Adapters:
@@ -145,10 +134,11 @@ class Adapters:
         """Free the memory that is not in use; closing twice is fine."""
         with self._lock:
             self._closed = True
-            for templates in self._free.values():
-                for template in templates:
-                    template.file.close()
+            for free in self._free.values():
+                for adapter in free:
+                    adapter.file.close()
             self._free.clear()
+        self._ahead.close()
 
     def plan(self, task: str) -> Plan:
         """Lay a task out: names, types, alpha, what is folded, and what a person should know.
@@ -160,6 +150,9 @@ class Adapters:
         LossyConversionError, UnsupportedError
             As the GGUF exporter.
         """
+        return self._planned(task)[0]
+
+    def _planned(self, task: str) -> tuple[Plan, Recipe]:
         with self._lock:
             if task in self._plans:
                 return self._plans[task]
@@ -169,7 +162,10 @@ class Adapters:
         with self._lock:
             # Hashing a layout takes as long as a switch, so it is done once a task.
             layout = self._layouts.setdefault(planned.layout, planned.layout)
-            return self._plans.setdefault(task, dataclasses.replace(planned, layout=layout))
+        planned = dataclasses.replace(planned, layout=layout)
+        recipe = recipe_for(self._collection, task, planned)
+        with self._lock:
+            return self._plans.setdefault(task, (planned, recipe))
 
     @contextlib.contextmanager
     def file(self, task: str, *, threads: int = 1) -> Iterator[AdapterPath]:
@@ -197,87 +193,60 @@ class Adapters:
         FormatError
             The collection's file is damaged.
         """
-        planned = self.plan(task)
-        template = self._take(planned.layout, task)
-        try:
-            template.fill(self._collection, task, planned, threads)
-            path = AdapterPath(template.file.path)
-            path.shared = template.file.shared_path
+        with self.lent(task, threads=threads) as adapter:
+            path = AdapterPath(adapter.file.path)
+            path.shared = adapter.file.shared_path
             yield path
-        finally:
-            self._give_back(planned.layout, template)
 
-    def _take(self, layout: Layout, task: str) -> _Template:
+    @contextlib.contextmanager
+    def lent(self, task: str, *, threads: int = 1) -> Iterator[MemoryAdapter]:
+        """As :meth:`file`, with the memory itself; for :class:`Switch`."""
+        self._ahead.settle(task)
+        with self._filled(task, threads) as adapter:
+            yield adapter
+
+    def prefetch(self, task: str) -> None:
+        """Reconstruct a task on a thread, so that :meth:`file` finds it there.
+
+        It is one of the unused files that are kept: with ``keep=0``, or with files of as many other
+        tasks in between, nothing is gained.  If it cannot be reconstructed, :meth:`file` says so.
+        """
+
+        def fill() -> None:
+            with self._filled(task, 1):
+                pass
+
+        self._ahead.begin(task, fill)
+
+    @contextlib.contextmanager
+    def _filled(self, task: str, threads: int) -> Iterator[MemoryAdapter]:
+        recipe = self._planned(task)[1]
+        adapter = self._take(recipe.layout, task)
+        try:
+            adapter.fill(self._collection, task, recipe, threads)
+            yield adapter
+        finally:
+            self._give_back(recipe.layout, adapter)
+
+    def _take(self, layout: Layout, task: str) -> MemoryAdapter:
         """Take a file that holds the task already, or that nobody has used for longest."""
         with self._lock:
             if self._closed:
                 raise RmmError("the adapters are closed")
             free = self._free[id(layout)]
-            for n, template in enumerate(free):
-                if template.task == task:
+            for n, adapter in enumerate(free):
+                if adapter.task == task:
                     return free.pop(n)
             if len(free) >= max(self._keep, 1):
                 return free.pop(0)
-        return _Template(layout)
+        return MemoryAdapter(layout)
 
-    def _give_back(self, layout: Layout, template: _Template) -> None:
+    def _give_back(self, layout: Layout, adapter: MemoryAdapter) -> None:
         with self._lock:
             if not self._closed and len(self._free[id(layout)]) < self._keep:
-                self._free[id(layout)].append(template)
+                self._free[id(layout)].append(adapter)
                 return
-        template.file.close()
-
-
-class _Template:
-    """A file in memory with the header of a layout; only its values change."""
-
-    def __init__(self, layout: Layout) -> None:
-        head = header(layout)
-        self.task: str | None = None  # whose values it has
-        self.file = MemoryFile(len(head) + layout.n_bytes)
-        self.file.bytes[: len(head)] = np.frombuffer(head, np.uint8)
-        self.arena = self.file.bytes[len(head) :]
-
-    def fill(self, collection: Collection, task: str, planned: Plan, threads: int) -> None:
-        """Reconstruct a task in place, then see to the few factors that llama.cpp has otherwise."""
-        if self.task == task:
-            return
-        self.task = None
-        slots = planned.layout.slots
-        loaded = collection.load(task, dtype=slots[0].dtype, out=self.arena, threads=threads)
-        self._check_places(loaded, planned)
-        own = collection.targets(task)
-        for slot in slots:
-            factors = loaded[slot.target]
-            view: Any = factors.A if slot.factor == "A" else factors.B
-            info = own[slot.target]
-            narrowed = view.dtype != (info.dtype_a if slot.factor == "A" else info.dtype_b)
-            if narrowed and view.dtype != np.float32 and not np.isfinite(view).all():
-                raise LossyConversionError(
-                    f"task {task!r}, tensor {slot.name!r}: values are too large for {slot.dtype}",
-                    hint="Choose f32.",
-                )
-            fold = planned.folds[slot.target] if slot.factor == "B" else 1.0
-            if narrowed and not is_exact(fold):
-                # Round once, after the product, as the exporter does.
-                wide = np.empty((info.shape.n_out, info.rank), info.dtype_b)
-                collection.load_factor(task, slot.target, "B", wide)
-                factors = Factors(factors.A, wide, info.scale)
-            if slot.turned or slot.heads or fold != 1:
-                flat = view.reshape(-1)
-                flat[:] = payload(slot, factors, fold).reshape(-1)
-        self.task = task
-
-    def _check_places(self, loaded: LoadedTask, planned: Plan) -> None:
-        """Hold the arena's places against the header's: they must be the same."""
-        start = self.arena.ctypes.data
-        for slot in planned.layout.slots:
-            factors = loaded[slot.target]
-            view = factors.A if slot.factor == "A" else factors.B
-            if view.ctypes.data - start != slot.offset or view.nbytes != slot.n_bytes:
-                raise InternalError(
-                    f"tensor {slot.name!r}: the arena has it elsewhere than the header says"
-                )
+        adapter.file.close()
 
 
 @contextlib.contextmanager
@@ -306,76 +275,3 @@ def adapter_file(
         adapters.file(task) as path,
     ):
         yield path
-
-
-class Switch:
-    """The task that a ``llama_cpp.Llama`` runs, changed in place.
-
-    Parameters
-    ----------
-    llama
-        A ``llama_cpp.Llama`` made without ``lora_path``.
-    adapters
-        Where the tasks come from.
-
-    Attributes
-    ----------
-    task
-        Name of the task that is on, or None for the base model alone.
-    """
-
-    def __init__(self, llama: Any, adapters: Adapters) -> None:
-        self._llama = llama
-        self._adapters = adapters
-        self._handle: Any = None
-        self.task: str | None = None
-
-    def __enter__(self) -> Switch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.to(None)
-
-    def to(self, task: str | None, *, scale: float = 1.0) -> None:
-        """Switch to a task, or with None to the base model; what the model has read is forgotten.
-
-        Parameters
-        ----------
-        scale
-            Multiplies what the task adds.
-
-        Raises
-        ------
-        NotFoundError, LossyConversionError, UnsupportedError, FormatError
-            As :meth:`Adapters.file`; the task that was on stays on.
-        RmmError
-            llama.cpp does not take the adapter; its log says why.
-        """
-        llama_cpp: Any = importlib.import_module("llama_cpp")
-        handle: Any = None
-        if task is not None:
-            with self._adapters.file(task) as path:
-                handle = llama_cpp.llama_adapter_lora_init(self._llama.model, path.encode())
-            if not handle:
-                raise RmmError(
-                    f"llama.cpp does not take task {task!r} as an adapter of this model",
-                    hint="Its log says why: make the Llama with verbose=True.",
-                )
-        handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(handle)
-        scales = (ctypes.c_float * 1)(scale)
-        n = 0 if handle is None else 1
-        if llama_cpp.llama_set_adapters_lora(self._llama.ctx, handles, n, scales):
-            llama_cpp.llama_adapter_lora_free(handle)
-            raise RmmError(f"llama.cpp does not apply task {task!r} to this context")
-        # The old one goes last: llama.cpp tells adapters apart by their address.
-        if self._handle is not None:
-            llama_cpp.llama_adapter_lora_free(self._handle)
-        self._handle, self.task = handle, task
-        # Keys and values of what was read came from another task.
-        self._llama.reset()
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._llama.ctx), True)

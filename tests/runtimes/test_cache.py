@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import rmmformat as rmm
+from rmmformat.ahead import Ahead
 from rmmformat.arena import ArenaPool
 from rmmformat.cache import CacheStats, TaskCache
 from rmmformat.errors import NotFoundError, OptionError, RmmError, ShapeError
@@ -339,3 +341,110 @@ def test_importing_the_package_imports_no_runtime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Wait until something holds, but not for ever; say whether it does."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_a_prefetched_task_is_there(collection: Counting) -> None:
+    cache = TaskCache(collection)
+    threads = []
+
+    def before(task: str) -> None:
+        threads.append((task, threading.current_thread().name))
+
+    collection.before = before
+    cache.prefetch("imdb")
+    assert until(lambda: cache.stats.n_tasks == 1)
+    cache.prefetch("imdb")  # nothing to do
+    assert same(cache.get("imdb"), collection.load("imdb"))
+    assert collection.counts["imdb"] == 2  # the second one is this test's own
+    assert (cache.stats.loads, cache.stats.hits) == (1, 1)
+    assert threads[0][1].startswith("rmm-ahead")
+
+
+def test_a_prefetch_under_way_is_waited_for(collection: Counting) -> None:
+    cache = TaskCache(collection, budget_bytes=0)  # what is not kept can be waited for
+    begun, go = threading.Event(), threading.Event()
+
+    def before(task: str) -> None:
+        begun.set()
+        assert go.wait(30)
+
+    collection.before = before
+    cache.prefetch("imdb")
+    assert begun.wait(30)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(cache.get, "imdb")
+        assert not waiting.done()
+        time.sleep(0.05)
+        go.set()
+        assert waiting.result(30).name == "imdb"
+    assert collection.counts == {"imdb": 1}
+
+
+def test_a_prefetch_that_has_not_begun_is_not_waited_for(collection: Counting) -> None:
+    cache = TaskCache(collection)
+    begun, go = threading.Event(), threading.Event()
+
+    def before(task: str) -> None:
+        if task == "bbc":
+            begun.set()
+            assert go.wait(30)
+
+    collection.before = before
+    cache.prefetch("bbc")
+    assert begun.wait(30)
+    cache.prefetch("imdb")  # waits behind the other
+    cache.prefetch("imdb")
+    assert cache.get("imdb").name == "imdb"
+    go.set()
+    assert cache.get("bbc").name == "bbc"
+    assert collection.counts == {"bbc": 1, "imdb": 1}
+
+
+def test_a_failed_prefetch_is_told_by_get(collection: Counting) -> None:
+    cache = TaskCache(collection)
+
+    def fail(task: str) -> None:
+        raise RmmError("cannot decode")
+
+    collection.before = fail
+    cache.prefetch("imdb")
+    assert until(lambda: collection.counts["imdb"] == 1 and not cache._loading)
+    with pytest.raises(RmmError, match="cannot decode"):
+        cache.get("imdb")
+    collection.before = nothing
+    cache.prefetch("imbd")
+    with pytest.raises(NotFoundError, match="imbd"):
+        cache.get("imbd")
+    cache.prefetch("imdb")
+    assert cache.get("imdb").name == "imdb"
+    assert cache.stats.loads == 1
+
+
+def test_work_ahead_that_is_called_off() -> None:
+    ahead = Ahead()
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        assert go.wait(30)
+        done.append("slow")
+
+    ahead.begin("slow", slow)
+    assert begun.wait(30)
+    ahead.begin("more", lambda: done.append("more"))
+    ahead.begin("last", lambda: done.append("last"))
+    ahead.settle("more")  # has not begun: nothing to wait for
+    ahead.close()
+    go.set()
+    assert until(lambda: done == ["slow"])
+    ahead.settle("slow")
+    ahead.begin("again", lambda: done.append("again"))  # a closed one starts anew
+    assert until(lambda: done == ["slow", "again"])

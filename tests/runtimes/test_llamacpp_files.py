@@ -127,11 +127,13 @@ def test_type_is_the_tasks_own_unless_a_fold_would_round(root, collection):
 
 
 def test_header_of_a_layout_is_written_once(root, collection, monkeypatch):
-    from rmmformat.runtimes import llamacpp
+    from rmmformat.runtimes import llamacpp_file
 
     written = []
-    header = llamacpp.header
-    monkeypatch.setattr(llamacpp, "header", lambda layout: written.append(layout) or header(layout))
+    header = llamacpp_file.header
+    monkeypatch.setattr(
+        llamacpp_file, "header", lambda layout: written.append(layout) or header(layout)
+    )
     with Adapters(collection, root, keep=1) as adapters:
         for task in ("plain", "other", "plain", "half", "other"):
             with adapters.file(task) as path:
@@ -147,6 +149,73 @@ def test_files_that_are_open_at_once_do_not_meet(root, collection, tmp_path):
             assert same(content(one), want["plain"])
             assert same(content(two), want["other"])
         assert not Path(one).exists() or not same(content(one), want["other"])
+
+
+class Slow:
+    """Stands in for a collection's load_into: a test lets it go on, or makes it fail."""
+
+    def __init__(self, collection, monkeypatch):
+        self.tasks, self.threads = [], []
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.error = None
+        self._real = collection.load_into
+        monkeypatch.setattr(collection, "load_into", self)
+
+    def __call__(self, task, out, **options):
+        self.tasks.append(task)
+        self.threads.append(threading.current_thread().name)
+        self.begun.set()
+        assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
+        self._real(task, out, **options)
+
+
+def test_a_task_is_reconstructed_ahead(root, collection, tmp_path, monkeypatch):
+    want = exported(collection, "other", root, tmp_path, None)
+    slow = Slow(collection, monkeypatch)
+    with Adapters(collection, root) as adapters:
+        adapters.prefetch("other")
+        adapters.prefetch("other")
+        assert slow.begun.wait(30)
+        threading.Timer(0.05, slow.go.set).start()
+        with adapters.file("other") as path:  # waits for what has begun
+            assert same(content(path), want)
+        with adapters.file("other") as path:
+            assert same(content(path), want)
+    assert slow.tasks == ["other"]
+    assert slow.threads[0].startswith("rmm-ahead")
+
+
+def test_what_was_not_begun_ahead_is_not_waited_for(root, collection, monkeypatch):
+    slow = Slow(collection, monkeypatch)
+    with Adapters(collection, root) as adapters:
+        adapters.plan("other")
+        adapters.prefetch("plain")
+        assert slow.begun.wait(30)
+        adapters.prefetch("other")
+        slow.go.set()
+        with adapters.file("other") as path:
+            assert Path(path).read_bytes()[:4] == b"GGUF"
+        with adapters.file("plain"):
+            pass
+    assert sorted(slow.tasks) == ["other", "plain"]
+
+
+def test_failure_ahead_is_told_when_the_task_is_wanted(root, collection, monkeypatch):
+    slow = Slow(collection, monkeypatch)
+    slow.go.set()
+    slow.error = RmmError("cannot decode")
+    with Adapters(collection, root) as adapters:
+        adapters.prefetch("plain")
+        adapters.prefetch("no such task")
+        with pytest.raises(RmmError, match="cannot decode"), adapters.file("plain"):
+            pass
+        with pytest.raises(NotFoundError, match="no such"), adapters.file("no such task"):
+            pass
+        slow.error = None
+        with adapters.file("plain") as path:
+            assert content(path)[0] == 8.0
 
 
 def test_threads_share_one_set_of_adapters(root, collection, tmp_path):
