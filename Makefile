@@ -141,7 +141,7 @@ $(DOCS_VENV)/.done: docs/requirements.txt $(NATIVE)
 TASKS_VENV ?= .venv-tasks
 TASKS_DIR ?= build/tasks
 TASKS_OPTIONS ?=
-TASKS_SIZES ?= 0.0615 0.0293 0.0144 0.0094 0.0064 0.0044 0.0025
+TASKS_SIZES ?= 0.0615 0.0293 0.0144 0.0094 0.0064 0.0044
 TASKS_METHODS ?= none,exact,planned,blocks,rmm,aligned,emr,task-arithmetic,ties,dare
 TASKS_RMM = --methods $(TASKS_METHODS) --components 1 --components 3 \
 	$(addprefix --size ,$(TASKS_SIZES)) --eval evaluate:score --json

@@ -6,7 +6,7 @@
 
 The last command prints the table of the paper: a row a method, a column a task.
 
-Environment: RMM_TASKS_ROWS (1000) held-out rows a task, at most; RMM_TASKS (all) the tasks that are
+Environment: RMM_TASKS_ROWS (500) held-out rows a task, at most; RMM_TASKS (all) the tasks that are
 scored, the others count for bytes and errors only; RMM_TASKS_DATA, the folder of the downloaded
 packages; RMM_TASKS_SCORES, a folder where scores are kept, so that what has been scored once, to
 the last bit of its deltas, is not scored again.
@@ -35,7 +35,7 @@ _PREFIX = "base_model.model."
 @cache
 def rows(task: str) -> data.Rows:
     """Held-out rows that scores are of."""
-    return data.load(task).held[: int(os.environ.get("RMM_TASKS_ROWS", "1000"))]
+    return data.load(task).held[: int(os.environ.get("RMM_TASKS_ROWS", "500"))]
 
 
 @cache
@@ -131,7 +131,7 @@ def _run(task: str, deltas: Mapping[str, Any], head: Mapping[str, Any]) -> np.nd
 def table(found: Mapping[str, Any]) -> str:
     """Render a comparison (the JSON of ``rmm compare``) as Markdown."""
     tasks = [t for t in found["tasks"] if any(t in (r["scores"] or {}) for r in found["rows"])]
-    head = ["method", "factors, %", "file, %", "error, %", *tasks, "mean", "change"]
+    head = ["method", "factors, %", "file but heads, %", "error, %", *tasks, "mean", "change"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for row in found["rows"]:
         if row["scores"] is None:
