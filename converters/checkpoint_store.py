@@ -8,7 +8,6 @@ of a file of many gigabytes never count as this process's memory.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from rmmformat.converters.tensors import (
     open_sharded,
 )
 from rmmformat.errors import NotFoundError, SourceError, UnsupportedError
+from rmmformat.mapped import MappedFile
 from rmmformat.model import Action, Array, LedgerLine
 
 __all__ = [
@@ -174,10 +174,9 @@ class _PositionedStore(SafetensorsStore):
         stamps = {path: _stamp(path) for path in paths if path.is_file()}
         super().__init__(paths)
         self._stamps = stamps
-        self._offsets: dict[str, int] = {}
-        for path in paths:
-            self._offsets.update(_offsets(path))
-        self._handles.clear()
+
+    def _keep(self, path: Path, mapped: MappedFile) -> None:
+        """Keep no mapping: pages once read would count as this process's memory."""
 
     def read(self, name: str) -> Array:
         meta = self.metas[name]
@@ -209,17 +208,6 @@ class _PositionedStore(SafetensorsStore):
                     done += count
         except OSError as error:
             raise SourceError(f"tensor {name!r}: {error.strerror}", path=str(path)) from error
-
-
-def _offsets(path: Path) -> dict[str, int]:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-    return {
-        name: 8 + length + int(entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -1,14 +1,13 @@
 """Tensors of safetensors files, one at a time, without torch.
 
-The safetensors library validates the header and maps the file; its numpy front end reads bfloat16
-once ml_dtypes has registered that dtype with numpy, which the import below does.  It knows no 8-bit
-floats, so those few (base weights that an adapter may carry along) are taken from the library's raw
-bytes.
+The safetensors library validates the header, offsets included; tensors are then views of the
+mapped file, which take no memory and can be read in parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import numpy as np
 
 from rmmformat.converters.files import read_json_object
 from rmmformat.errors import NonFiniteError, SourceError, UnsupportedError
+from rmmformat.mapped import MappedFile, release
 from rmmformat.model import Array
 
 __all__ = [
@@ -49,7 +49,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "C64": np.dtype(np.complex64),
 }
-_RAW_ONLY = frozenset({"F8_E4M3", "F8_E5M2"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +72,14 @@ class TensorStore(Protocol):
         """Every tensor's dtype and shape, in the order of the names."""
 
     def read(self, name: str) -> Array:
-        """Read one tensor; the caller owns the array."""
+        """Read one tensor; the array may be a read-only view of the file."""
 
 
 class SafetensorsStore:
     """Tensors of one safetensors file or of several that share no name.
 
-    Headers are read on construction.  Mappings are opened once and kept, so that a file replaced
-    in the meantime is not mixed with the one that was described; they are dropped when pickled.
+    Files are mapped on construction, so that one replaced in the meantime is not mixed with the one
+    that was described; mappings are dropped when pickled.
 
     Raises
     ------
@@ -92,27 +91,17 @@ class SafetensorsStore:
 
     def __init__(self, paths: tuple[Path, ...]) -> None:
         self._paths = paths
-        self._handles: dict[Path, Any] = {}
+        self._texts: dict[str, str] = {}
+        self._offsets: dict[str, int] = {}
+        self._maps: dict[Path, MappedFile] = {}
         metas: dict[str, TensorMeta] = {}
         for path in paths:
-            handle = self._handle(path)
-            names = handle.keys()
-            if len(names) > _TENSOR_LIMIT:
-                raise SourceError(
-                    f"{len(names)} tensors, expected at most {_TENSOR_LIMIT}", path=str(path)
-                )
-            for name in names:
+            for name, meta in self._describe(path).items():
                 if name in metas:
                     raise SourceError(
                         f"tensor {name!r} is also in {metas[name].path.name}", path=str(path)
                     )
-                view = handle.get_slice(name)
-                code = view.get_dtype()
-                if code not in _DTYPES:
-                    raise UnsupportedError(
-                        f"tensor {name!r} has dtype {code}, which cannot be stored", path=str(path)
-                    )
-                metas[name] = TensorMeta(_DTYPES[code], tuple(view.get_shape()), path)
+                metas[name] = meta
         self._metas = dict(sorted(metas.items()))
 
     @property
@@ -126,52 +115,89 @@ class SafetensorsStore:
         return self._metas
 
     def read(self, name: str) -> Array:
-        """Read one tensor in its stored dtype and shape; the caller owns the array.
+        """Give one tensor in its stored dtype and shape: a read-only view of the mapped file.
 
         Raises
         ------
         SourceError
             The file can no longer be read.
         """
-        import safetensors
-
         meta = self._metas[name]
+        if meta.path not in self._maps and self._describe(meta.path).get(name) != meta:
+            raise SourceError("has changed since it was opened", path=str(meta.path))
         try:
-            if meta.dtype not in (_DTYPES[code] for code in _RAW_ONLY):
-                array: Array = self._handle(meta.path).get_tensor(name)
-                return array
-            library: Any = safetensors
-            entries = library.deserialize(meta.path.read_bytes())
-            data = next(entry["data"] for key, entry in entries if key == name)
-            raw: Array = np.frombuffer(data, dtype=meta.dtype).reshape(meta.shape).copy()
-            return raw
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise SourceError(f"tensor {name!r}: {error}", path=str(meta.path)) from error
+            return self._maps[meta.path].array(self._offsets[name], meta.dtype, meta.shape)
+        except ValueError as error:
+            raise SourceError(f"ends within tensor {name!r}", path=str(meta.path)) from error
 
     def metadata(self) -> dict[str, str]:
         """Texts of the files' headers, by key; the later file's where both have one."""
-        texts: dict[str, str] = {}
-        for path in self._paths:
-            texts.update(self._handle(path).metadata() or {})
-        return texts
+        return dict(self._texts)
 
-    def _handle(self, path: Path) -> Any:
+    def _describe(self, path: Path) -> dict[str, TensorMeta]:
+        """Map a file, check its header, and learn where its tensors lie."""
         from safetensors import SafetensorError, safe_open
 
-        if path not in self._handles:
-            opener: Any = safe_open
-            try:
-                if not path.is_file():  # the library would wait for ever on a pipe
-                    raise SourceError("not a file", path=str(path))
-                self._handles[path] = opener(str(path), framework="numpy")
-            except SafetensorError as error:
-                raise SourceError(f"not a safetensors file: {error}", path=str(path)) from error
-            except OSError as error:
-                raise SourceError(f"cannot read the file: {error}", path=str(path)) from error
-        return self._handles[path]
+        opener: Any = safe_open
+        try:
+            if not path.is_file():  # the library would wait for ever on a pipe
+                raise SourceError("not a file", path=str(path))
+            mapped = MappedFile(path)
+            with opener(str(path), framework="numpy") as handle:
+                names = handle.keys()
+                if len(names) > _TENSOR_LIMIT:
+                    raise SourceError(
+                        f"{len(names)} tensors, expected at most {_TENSOR_LIMIT}", path=str(path)
+                    )
+                slices = {name: handle.get_slice(name) for name in names}
+                codes = {name: str(view.get_dtype()) for name, view in slices.items()}
+                shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
+                self._texts.update(handle.metadata() or {})
+        except SafetensorError as error:
+            raise SourceError(f"not a safetensors file: {error}", path=str(path)) from error
+        except OSError as error:
+            raise SourceError(f"cannot read the file: {error}", path=str(path)) from error
+        for name, code in codes.items():
+            if code not in _DTYPES:
+                raise UnsupportedError(
+                    f"tensor {name!r} has dtype {code}, which cannot be stored", path=str(path)
+                )
+        self._offsets.update(_offsets(mapped, codes, shapes, path))
+        self._keep(path, mapped)
+        return {name: TensorMeta(_DTYPES[code], shapes[name], path) for name, code in codes.items()}
+
+    def _keep(self, path: Path, mapped: MappedFile) -> None:
+        self._maps[path] = mapped
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_maps": {}}
+
+
+def _offsets(
+    mapped: MappedFile,
+    codes: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+) -> dict[str, int]:
+    """Where the tensors of a file begin, from a header that the library has found to be valid.
+
+    Raises
+    ------
+    SourceError
+        It is not the header that the library has seen.
+    """
+    length = int.from_bytes(mapped.bytes(0, 8), "little")
+    try:
+        header: dict[str, Any] = json.loads(mapped.bytes(8, length))
+        header.pop("__metadata__", None)
+        found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        if found == {name: (codes[name], shapes[name]) for name in codes}:
+            return {
+                name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()
+            }
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise SourceError("has changed while it was opened", path=str(path))
 
 
 def read_finite(store: TensorStore, key: str, *, allow: bool) -> Array:
@@ -191,6 +217,7 @@ def read_finite(store: TensorStore, key: str, *, allow: bool) -> Array:
                 path=str(store.metas[key].path),
                 hint="The adapter is broken. Allow non-finite values to look into it.",
             )
+        release([array])
     return array
 
 

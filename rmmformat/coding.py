@@ -19,6 +19,7 @@ from rmmformat._native import crc32c
 from rmmformat.errors import ShapeError
 from rmmformat.format.encodings import by_name
 from rmmformat.format.writer import EntryData, FramePart
+from rmmformat.mapped import release
 from rmmformat.merge.error import error_of_grams, row_gram
 from rmmformat.merge.gauge import align as align_factors
 from rmmformat.model import Array, Factors
@@ -185,6 +186,7 @@ def _plain(method: Plain, factors: Sequence[Factors]) -> CodedTarget:
         )
         # Against what was coded, which is the original in this form to float64 rounding.
         error = error_of_grams(row_gram(a, read_a), row_gram(b.T, read_b))
+        release([original.A, original.B])
         return EntryData(
             original.scale,
             original.rank,
@@ -221,6 +223,7 @@ def _exact(_method: Exact, factors: Sequence[Factors]) -> CodedTarget:
             exact_rows(rows) if name is None else None
             for name, rows in zip(keys[t], (original.A, original.B.T), strict=True)
         ]
+        release([original.A, original.B])
         return EntryData(
             original.scale,
             original.rank,
@@ -256,7 +259,9 @@ def _equal_keys(factors: Sequence[Factors]) -> list[tuple[str | None, str | None
 
 
 def _checksum(array: Array) -> int:
-    return crc32c(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    found = crc32c(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    release([array])
+    return found
 
 
 def _digest(rows: Array) -> str | None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rmmformat.format.encodings import by_name
 from rmmformat.format.restore import sum_terms
 from rmmformat.format.writer import EncodedArray, EntryData, FramePart
+from rmmformat.mapped import release
 from rmmformat.merge.error import error_of_grams, row_gram
 from rmmformat.merge.gauge import align as align_factors
 from rmmformat.merge.rmm import Grouping, max_components, merge_tasks
@@ -103,6 +104,7 @@ def code_published(method: Published, factors: Sequence[Factors]) -> CodedTarget
             own, read = side.task(t, rank, code)
             numbers.append(own)
             grams.append(row_gram(side.originals[t], read))
+            release([side.originals[t]])
         return EntryData(
             original.scale,
             rank,
@@ -127,6 +129,7 @@ def _merged(originals: Sequence[Array], method: Published, code: int) -> _Side:
     n_values = length if mixing else rank * min(group, length)
     p = min(method.components, max_components(n, n_values, rows=rank if mixing else 1))
     shared, numbers = merge_tasks(originals, p, method.grouping, each=each)
+    release(originals)
     assert shared.mean is not None  # merged with centring  # noqa: S101
     mean, mean_read = encode_rows(shared.mean, code)
     if p == 0:

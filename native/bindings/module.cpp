@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "mapped.hpp"
 #include "principal.hpp"
 #include "rmm/rmm.h"
 #include "trellis.hpp"
@@ -414,6 +415,7 @@ PYBIND11_MODULE(_native, module) {
              "Compare the checksums of all payload that a task uses.")
         .def("validate", &File::validate, "Check every rule over every byte of the version that was opened.");
 
+    add_mapped(module);
     add_principal(module);
     add_trellis(module);
     module.def("validate_bytes", &validate_bytes, py::arg("data"), "Check every rule over every byte.");

@@ -1,5 +1,6 @@
 #include "map.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -74,6 +75,8 @@ Map::~Map() {
     if (data_) UnmapViewOfFile(data_);
 }
 
+void Map::release(uint64_t, uint64_t) const {}
+
 #else
 
 Map::Map(const char* path) {
@@ -109,6 +112,17 @@ Map::Map(const char* path) {
 
 Map::~Map() {
     if (data_) ::munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_));
+}
+
+void Map::release(uint64_t offset, uint64_t n_bytes) const {
+#if defined(MADV_DONTNEED)
+    if (offset >= size_) return;
+    const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+    const uint64_t start = offset / page * page, end = offset + std::min(n_bytes, size_ - offset);
+    ::madvise(const_cast<uint8_t*>(data_ + start), static_cast<size_t>(end - start), MADV_DONTNEED);
+#else
+    (void)offset, (void)n_bytes;
+#endif
 }
 
 #endif

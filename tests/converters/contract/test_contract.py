@@ -175,6 +175,11 @@ def test_export(check, exporter, tmp_path):
 # --- the kit itself: each kind of fault is found ------------------------------------------------
 
 
+def own_copy(factors):
+    """Arrays that can be written to, as views of a mapped file cannot."""
+    return dataclasses.replace(factors, A=factors.A.copy(), B=factors.B.copy())
+
+
 class Broken:
     """The PEFT importer with one fault."""
 
@@ -210,7 +215,7 @@ class Broken:
             broken.targets = targets
             broken.factors = lambda t: dataclasses.replace(task.factors(t), scale=1.0)
         if self.fault == "shares its arrays":
-            cache = {t: task.factors(t) for t in task.targets}
+            cache = {t: own_copy(task.factors(t)) for t in task.targets}
             broken.factors = lambda t: cache[t] if t in cache else task.factors(t)
         if self.fault == "has another value each time":
             counts = itertools.count(1)
