@@ -25,15 +25,6 @@ namespace {
 constexpr unsigned LANES = MAX_LANES;
 constexpr uint32_t LOW_BITS = (1u << TABLE_BITS) - 1;
 
-// A round with an escape, of which there is one in hundreds.
-template <bool RAW>
-void scalar_round(WideLanes& lanes) {
-    for (unsigned lane = 0; lane < LANES; ++lane) {
-        decode_value<RAW, Refill::SHIFT>(lanes.row, lanes.x[lane], lanes.s[lane], lanes.words, lanes.seen,
-                                         lanes.out[lane]);
-    }
-}
-
 // Which lanes take a word, and where from: lanes take theirs in order, and a lane takes that of its
 // symbol before that of its raw bits. Both are known before any word is read: a state that was
 // refilled is x << 16 | word, and whether it falls below 2^16 again when its raw bits are gone is told
@@ -303,7 +294,7 @@ const std::vector<WideKernels>& wide_kernels() {
 #if RMM_WIDE
     static const std::vector<WideKernels> found = supported();
 #else
-    static const std::vector<WideKernels> found;
+    static const std::vector<WideKernels> found = neon_kernels();
 #endif
     return found;
 }

@@ -17,6 +17,18 @@ struct WideKernels {
     void (*two[2][2])(WideLanes& a, WideLanes& b, uint64_t rounds);
 };
 
+// A round with an escape, of which there is one in hundreds.
+template <bool RAW>
+void scalar_round(WideLanes& lanes) {
+    for (unsigned lane = 0; lane < MAX_LANES; ++lane) {
+        decode_value<RAW, Refill::SHIFT>(lanes.row, lanes.x[lane], lanes.s[lane], lanes.words, lanes.seen,
+                                         lanes.out[lane]);
+    }
+}
+
+// Those of arm64, where every processor has them; none elsewhere.
+std::vector<WideKernels> neon_kernels();
+
 // Those that this processor can run, the quickest last; none in a portable build.
 const std::vector<WideKernels>& wide_kernels();
 

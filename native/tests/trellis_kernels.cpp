@@ -93,6 +93,8 @@ int main(int argc, char** argv) {
             }
         }
     }
-    std::printf("%ld decoded, %ld of the runs refused\n", n_decoded, n_refused);
+    std::string names = "portable";
+    for (const WideKernels& wide : wide_kernels()) names += std::string(", ") + wide.name;
+    std::printf("%s: %ld decoded, %ld of the runs refused\n", names.c_str(), n_decoded, n_refused);
     return n_refused > 0 ? 0 : 4;
 }

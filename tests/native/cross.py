@@ -6,7 +6,9 @@ Usage: python cross.py BUILD_FOLDER PREFIX RUNNER..., for instance
 
 Both builds check every vector of the specification, with the same verdicts and rules, and load
 every task of the valid ones and of the demo adapters at several settings, with the same CRC32C of
-every factor.
+every factor.  What they compute when they write, trellis runs and principal directions, is the same
+(native/tests/same_everywhere.cpp), and all kernels of the other machine agree on sound and damaged
+runs (native/tests/trellis_kernels.cpp).
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 def build(folder: Path, prefix: str) -> Path:
-    words = ["make", "-s", "-C", str(ROOT / "native"), f"BUILD={folder.resolve()}", "examples"]
+    folder = folder.resolve()
+    words = ["make", "-s", "-C", str(ROOT / "native"), f"BUILD={folder}", "examples"]
+    words += [str(folder / f"test_{name}") for name in ("same_everywhere", "trellis_kernels")]
     if prefix:
         words += [f"CC={prefix}gcc", f"CXX={prefix}g++", f"AR={prefix}ar"]
     subprocess.run(words, check=True)
-    return folder.resolve()
+    return folder
 
 
 def said(words: list[str]) -> tuple[int, str, str]:
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=1800)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -53,6 +57,13 @@ def main() -> int:
         files.append(path)
     n_checked = n_tasks = 0
     wrong = []
+    mine = said([str(here / "test_same_everywhere")])
+    if mine[0] or mine != said([*runner, str(there / "test_same_everywhere")]):
+        wrong.append("what is computed for writing (test_same_everywhere)")
+    kernels = said([*runner, str(there / "test_trellis_kernels"), "6"])
+    print(f"trellis kernels there: {kernels[1].strip()}")  # noqa: T201
+    if kernels[0]:
+        wrong.append("trellis kernels (test_trellis_kernels)")
     for path in files:
         n_checked += 1
         for words in (["check", str(path)], ["check", "--open", str(path)]):
