@@ -8,7 +8,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= build/demo
 NATIVE = setup.py pyproject.toml $(wildcard native/src/* native/bindings/* native/include/rmm/*)
 
-.PHONY: demo dist docs test test-browser test-llamacpp check trust memcheck lint bench-tasks bench-switch fuzz fuzz-importers vectors clean
+.PHONY: demo dist docs test test-browser test-llamacpp check trust memcheck lint bench bench-page bench-tasks bench-switch fuzz fuzz-importers vectors clean
 
 # -- the main job, on real adapters ---------------------------------------------------------------
 
@@ -169,6 +169,28 @@ $(TASKS_VENV)/.done: benchmarks/tasks/requirements.txt $(NATIVE)
 	$(TASKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(TASKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -r benchmarks/tasks/requirements.txt -e .
+	touch $@
+
+# -- beside others --------------------------------------------------------------------------------
+# Everybody in one run: vlora, PEFT, safetensors, ONNX Runtime, llama.cpp, numpy, torch, mergekit.  Some
+# ten minutes on two cores once the environment is there, which builds llama.cpp.  One part alone:
+# BENCH_OPTIONS='--only load,merge'.  `make bench-page` puts the tables into docs/performance.md.
+
+BENCH_VENV ?= .venv-bench
+BENCH_OPTIONS ?=
+BENCH_PAGE = --markdown docs/performance.md --plot docs/scaling.svg
+
+bench: $(BENCH_VENV)/.done
+	HF_HUB_OFFLINE=1 $(BENCH_VENV)/bin/python benchmarks/peers $(BENCH_OPTIONS)
+
+bench-page: $(BENCH_VENV)/.done
+	HF_HUB_OFFLINE=1 $(BENCH_VENV)/bin/python benchmarks/peers $(BENCH_PAGE) $(BENCH_OPTIONS)
+
+$(BENCH_VENV)/.done: benchmarks/peers/requirements.txt $(NATIVE)
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r benchmarks/peers/requirements.txt -e .
 	touch $@
 
 # -- changing the task of a runtime ---------------------------------------------------------------
