@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rmmformat.ahead import Ahead
 from rmmformat.cache import DEFAULT_BUDGET, TaskCache
 from rmmformat.collection import Collection, LoadedTask, StoredTask
 from rmmformat.converters.base import Options
@@ -169,6 +170,7 @@ class Session:
         )
         self._bounds: dict[int, Bound] = {}
         self._lock = threading.Lock()
+        self._ahead = Ahead()
 
     def __repr__(self) -> str:
         return f"<Session: {len(self.interface.targets)} targets, {self.cache!r}>"
@@ -249,9 +251,27 @@ class Session:
         if task is None:
             return self._run(task, self._base, feeds, outputs)
         if self._live is None:
+            self._ahead.call_off(task)
             return self._run(task, self._bound(task), feeds, outputs)
         with self._live.lock:
             return self._run(task, self._live.put(task), feeds, outputs)
+
+    def prefetch(self, task: str) -> None:
+        """Reconstruct and bind a task on a thread, so that :meth:`run` finds it.
+
+        For a task that is expected next, while the current one is run.  It takes part in the budget
+        as if it had been run, and if it cannot be had, :meth:`run` says so.
+
+        Raises
+        ------
+        OptionError
+            The session keeps no task (``budget_bytes=0``).
+        """
+        if self.cache.budget_bytes == 0:
+            raise OptionError(
+                "a session with budget_bytes=0 keeps no task, so none can be there before its run"
+            )
+        self._ahead.begin(task, lambda: self._bound(task))
 
     def _run(
         self,

@@ -49,6 +49,7 @@ class Live:
         self._collection = collection
         self._factors, self._parameters, self._bind = factors, parameters, bind
         self._shapes: dict[str, Hashable] = {}
+        self._known: dict[Hashable, Hashable] = {}  # equal shapes are one object
         self._task: str | None = None
         self._loaded: LoadedTask | None = None
         self._here: Hashable = None  # shapes of what is loaded
@@ -61,13 +62,14 @@ class Live:
         if task == self._task:
             return self._bound
         if task not in self._shapes:
-            self._shapes[task] = tuple(
+            shapes = tuple(
                 (name, info.shape, info.rank, info.scale)
                 for name, info in self._collection.targets(task).items()
             )
+            self._shapes[task] = self._known.setdefault(shapes, shapes)
         extra = self._parameters(task)  # may refuse the task: before anything is written over
         self._task = None
-        if self._loaded is not None and self._here == self._shapes[task]:
+        if self._loaded is not None and self._here is self._shapes[task]:
             self._collection.load_into(task, self._loaded.arena, threads=1)
             if extra or self._extra:
                 self._bound = self._bind(self._values | extra)

@@ -41,21 +41,6 @@ from .onnx_models import (
     with_adapter,
 )
 
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.onnx"
-    onnx.save(network(), path)
-    return path
-
-
-@pytest.fixture
-def headed(tmp_path: Path) -> Path:
-    path = tmp_path / "headed.onnx"
-    onnx.save(network(head=True), path)
-    return path
-
-
 # --- adapter files --------------------------------------------------------------------------------
 
 

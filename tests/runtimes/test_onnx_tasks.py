@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,20 +48,6 @@ from .onnx_models import (
     second,
     with_adapter,
 )
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.onnx"
-    onnx.save(network(), path)
-    return path
-
-
-@pytest.fixture
-def headed(tmp_path: Path) -> Path:
-    path = tmp_path / "headed.onnx"
-    onnx.save(network(head=True), path)
-    return path
 
 
 def test_ranks_scales_and_targets_that_differ_from_task_to_task(base: Path, tmp_path: Path) -> None:
@@ -388,6 +375,27 @@ def test_values_too_large_for_the_model_s_dtype_are_no_infinities(
     lent = runtime.adapter_file(collection, "t", tmp_path / "p.onnx")
     with pytest.raises(LossyConversionError, match="too large"), lent:
         pass
+
+
+def test_a_task_is_reconstructed_and_bound_ahead(base: Path, tmp_path: Path) -> None:
+    made = {"a": factors(1, 4, 2.0), "b": factors(2, 4, 0.5)}
+    collection = collection_of(tmp_path, *(Task(t, {"first": f}) for t, f in made.items()))
+    session = runtime.Session(base, collection)
+    session.prefetch("b")
+    session.prefetch("b")
+    deadline = time.monotonic() + 30
+    while not session._bounds and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(session._bounds) == 1
+    assert session.cache.stats.loads == 1
+    (got,) = session.run("b", {"x": X2})
+    assert np.abs(got - expected(first=delta(made["b"]))).max() < 1e-5
+    assert (session.cache.stats.loads, len(session._bounds)) == (1, 1)
+    session.prefetch("c")
+    with pytest.raises(NotFoundError, match="'c'"):
+        session.run("c", {"x": X2})
+    with pytest.raises(OptionError, match="budget_bytes=0"):
+        runtime.Session(base, collection, budget_bytes=0).prefetch("a")
 
 
 def test_damaged_models_are_one_error_each(headed: Path, tmp_path: Path) -> None:
