@@ -27,6 +27,7 @@ from measure import machine
 from report import Table, write_markdown
 from rich.console import Console
 from setting import Setting
+from summary import summary
 
 #: Modules of this folder, in the order of the page.
 PARTS = {
@@ -74,14 +75,22 @@ def main() -> None:
                 console.print()
                 table.show(console)
             console.print(f"  {part}: {time.perf_counter() - start:.0f} s", style="dim")
+    everything = [table for tables in found.values() for table in tables]
+    whole = set(found) == set(PARTS)
+    if whole:
+        everything.insert(0, summary(everything))
+        console.print()
+        everything[0].show(console)
     if given.json:
-        values = {table.name: table.values() for tables in found.values() for table in tables}
+        values = {table.name: table.values() for table in everything}
         given.json.write_text(json.dumps({"machine": head, "tables": values}, indent=1) + "\n")
     if given.plot and "scaling" in found:
         importlib.import_module("curves").draw(found["scaling"], given.plot)
     if given.markdown:
-        parts = {table.name: table.markdown() for tables in found.values() for table in tables}
-        missing = write_markdown(given.markdown, {"machine": "\n".join(head), **parts})
+        parts = {table.name: table.markdown() for table in everything}
+        if whole:  # else other tables of the page come from another run
+            parts["machine"] = "\n".join(f"- {line}" for line in head)
+        missing = write_markdown(given.markdown, parts)
         for name in missing:
             console.print(f"{given.markdown} has no mark for {name}")
 
