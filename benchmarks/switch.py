@@ -10,9 +10,10 @@ has medians, of the time on the clock and of the processor's time, which other p
 lengthen: ratios and goals are of the latter.
 
 "from file": the task is reconstructed from the open file.  "kept": it is in a TaskCache (llama.cpp:
-its file in memory is still there).  The last table is of the five demo adapters with two labels
-(rank 16, query and value of six layers, float16, with heads) on the encoder that they were trained
-on.
+it is loaded there).  "foreseen": it was prefetched while another one was evaluated, for which the
+benchmark waits before the clock starts.  The last table is of the five demo adapters with two
+labels (rank 16, query and value of six layers, float16, with heads) on the encoder that they were
+trained on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Group:
     def __init__(self, title: str) -> None:
         self.title = title
         self.contenders: dict[str, Switch] = {}
+        self.before: dict[str, Switch] = {}  # what a contender may do before it is timed
         self.rivals: dict[str, float] = {}  # name, how many times faster ours has to be
         self.times: dict[str, list[float]] = {}
         self.cpu_times: dict[str, list[float]] = {}
@@ -62,6 +64,7 @@ class Group:
         for n in range(-warm, rounds):
             for name, switch in self.contenders.items():
                 task = tasks[n % len(tasks)]
+                self.before.get(name, str)(task)
                 start, cpu_start = time.perf_counter(), time.process_time()
                 switch(task)
                 cpu, seconds = time.process_time() - cpu_start, time.perf_counter() - start
@@ -176,6 +179,12 @@ def onnx_group(root: Path, collections: dict[str, rmm.Collection], threads: int)
             root / "prepared.onnx", collection, session_options=options, budget_bytes=0
         )
         group.contenders[f"rmm {kind}, from file"] = lambda task, s=session: s.run(task, feeds)
+    # Room for two: no task is still there when its turn comes again.
+    foreseen = onnx.Session(
+        root / "prepared.onnx", collections["exact"], session_options=options, budget_bytes=10 << 20
+    )
+    group.before["rmm exact, foreseen"] = lambda task: evaluate(foreseen.prefetch(task))
+    group.contenders["rmm exact, foreseen"] = lambda task: foreseen.run(task, feeds)
     kept = onnx.Session(root / "prepared.onnx", collections["exact"], session_options=options)
     group.contenders["rmm, kept"] = lambda task: kept.run(task, feeds)
     group.contenders["no switch: the base model"] = lambda _: kept.run(None, feeds)
@@ -200,6 +209,11 @@ def onnx_group(root: Path, collections: dict[str, rmm.Collection], threads: int)
     return group
 
 
+def evaluate(_: object) -> None:
+    """Stand in for the evaluation of another task."""
+    time.sleep(0.02)
+
+
 def llama_group(root: Path, collections: dict[str, rmm.Collection], threads: int) -> Group:
     """llama.cpp, without evaluating anything."""
     import ctypes
@@ -221,8 +235,11 @@ def llama_group(root: Path, collections: dict[str, rmm.Collection], threads: int
             for task in collection.tasks:
                 with adapters.file(task) as path:
                     shutil.copy(path, root / f"{task}.gguf")
-    keeping = runtime.Adapters(collections["exact"], base, keep=len(collections["exact"].tasks))
-    group.contenders["rmm, kept"] = runtime.Switch(llama(), keeping).to
+    adapters = runtime.Adapters(collections["exact"], base)
+    group.before["rmm exact, foreseen"] = lambda task: evaluate(adapters.prefetch(task))
+    group.contenders["rmm exact, foreseen"] = runtime.Switch(llama(), adapters).to
+    keeping = runtime.Adapters(collections["exact"], base)
+    group.contenders["rmm, kept"] = runtime.Switch(llama(), keeping, budget_bytes=1 << 30).to
     theirs = llama()
     state: dict[str, Any] = {"handle": None}
 
@@ -241,6 +258,19 @@ def llama_group(root: Path, collections: dict[str, rmm.Collection], threads: int
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(theirs.ctx), True)
 
     group.contenders["llama_adapter_lora_init (GGUF file)"] = load
+    paths = {task: str(root / f"{task}.gguf").encode() for task in collections["exact"].tasks}
+    many = llama()
+    loaded = {
+        task: llama_cpp.llama_adapter_lora_init(many.model, path) for task, path in paths.items()
+    }
+
+    def select(task: str) -> None:
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded[task])
+        assert llama_cpp.llama_set_adapters_lora(many.ctx, handles, 1, (ctypes.c_float * 1)(1)) == 0
+        many.reset()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(many.ctx), True)
+
+    group.contenders["llama_set_adapters_lora, all in memory"] = select
     group.rivals = {"llama_adapter_lora_init (GGUF file)": 1}
     return group
 
