@@ -25,6 +25,7 @@ class Question:
 PEFT = "PEFT load_adapter + delete"
 COPY = "safetensors load + copy_"
 GGUF = "llama_adapter_lora_init (GGUF file)"
+MANY = "llama_set_adapters_lora, all in memory"
 LORA = "LoraAdapter.Load (mapped file)"
 SUBSPACE = "vlora SharedSubspace.from_adapters"
 FILES = "a safetensors file a task, each opened"
@@ -39,7 +40,7 @@ QUESTIONS = (
     Question("the same, beside copying by hand", "switch-peft", "cpu", EXACT, COPY, "ms"),
     Question("switch to one in ONNX Runtime, and a run", "switch-onnx", "cpu", EXACT, LORA, "ms"),
     Question("switch to one in llama.cpp", "switch-llamacpp", "cpu", EXACT, GGUF, "ms"),
-    Question("the same, a task that was kept", "switch-llamacpp", "cpu", "rmm, kept", GGUF, "ms"),
+    Question("the same, a task that was kept", "switch-llamacpp", "cpu", "rmm, kept", MANY, "ms"),
     Question("merge by position, one thread", "merge", "one", "rmm, by position",
              "numpy.linalg.eigh of the Gram matrices", "thousand/s", ".0f", more=True),
     Question("merge by vlora's model, one thread", "merge", "one",
