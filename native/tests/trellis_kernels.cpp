@@ -1,5 +1,6 @@
 // Every way of decoding trellis runs gives the same values, and the same verdict on damaged ones, one
-// run at a time or two; under a sanitizer none reads outside a run. Prints how many were decoded.
+// run at a time or two; under a sanitizer none reads outside a run. Every way of searching for the best
+// path finds the same one. Prints how many were decoded.
 
 #include <cmath>
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <random>
 #include <string>
 
+#include "../src/trellis_metrics.hpp"
 #include "../src/trellis_wide.hpp"
 
 using namespace rmm::trellis;
@@ -40,6 +42,28 @@ Outcome outcome(const std::vector<uint8_t>& run, uint64_t k, uint64_t n, const W
     return {values.back(), wrong ? wrong : ""};
 }
 
+bool same_paths(std::mt19937& random, uint64_t n, uint32_t lanes) {
+    std::normal_distribution<float> normal;
+    std::vector<float> values(3 * n);
+    for (float& value : values) value = 4 * normal(random);
+    for (uint64_t i = 0; i < n; i += 3) values[i] = static_cast<float>(i % 8);  // paths that are equally good
+    const std::vector<SearchRow> rows = {{&table(24), 1.6f}, {nullptr, 0}, {&table(40), 0}};
+    std::vector<uint32_t> expected(3 * n), indices(3 * n);
+    std::vector<float> expected_multiples(3 * n), multiples(3 * n);
+    for (const SearchKernels& kernels : search_kernels()) {
+        search(values.data(), rows, n, lanes, indices.data(), multiples.data(), kernels);
+        if (&kernels == &search_kernels().front()) {
+            expected = indices;
+            expected_multiples = multiples;
+        }
+        if (indices != expected || multiples != expected_multiples) {
+            std::printf("search of %llu values, %s: differs\n", static_cast<unsigned long long>(n), kernels.name);
+            return false;
+        }
+    }
+    return true;
+}
+
 // The run cut by some words, its length told anew.
 std::vector<uint8_t> cut(std::vector<uint8_t> run, size_t head, size_t n_words) {
     run.resize(run.size() - 2 * n_words);
@@ -55,6 +79,11 @@ int main(int argc, char** argv) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     long n_decoded = 0, n_refused = 0;
+    for (uint64_t n : {1, 7, 254, 255, 256, 700, 2050}) {
+        for (uint32_t lanes : {1u, 4u, MAX_LANES}) {
+            if (!same_paths(random, n, lanes)) return 5;
+        }
+    }
     for (int trial = 0; trial < trials; ++trial) {
         const uint64_t sizes[3] = {300, 1500, 4096};  // one, four and sixteen lanes
         const uint64_t k = 16 + trial % 3, n = sizes[trial % 3] + static_cast<uint64_t>(trial) * 13;
@@ -95,6 +124,8 @@ int main(int argc, char** argv) {
     }
     std::string names = "portable";
     for (const WideKernels& wide : wide_kernels()) names += std::string(", ") + wide.name;
+    names += "; search";
+    for (const SearchKernels& kernels : search_kernels()) names += std::string(", ") + kernels.name;
     std::printf("%s: %ld decoded, %ld of the runs refused\n", names.c_str(), n_decoded, n_refused);
     return n_refused > 0 ? 0 : 4;
 }
