@@ -38,6 +38,8 @@ DISTORTION = 0.98
 SLOPE = 1.53
 #: Steps that a row's deviation may have: beyond 14 bits a value the tables of the trellis end.
 FINEST = 16000.0
+#: Entries that are so few that calls cost more than what they compute.
+_FEW = 8
 #: How a step follows the error of its entry, see :func:`allocate`.
 EXPONENT = 0.25
 
@@ -107,6 +109,17 @@ class Spectra:
             np.array(exact_bytes, np.float64),
             np.array(weight, np.float64),
             np.array(exact, np.bool_),
+        )
+
+    def repeated(self, times: int) -> Spectra:
+        """All entries, that many times over."""
+        return Spectra(
+            np.tile(self.energy, (times, 1)),
+            np.tile(self.n_in, times),
+            np.tile(self.n_out, times),
+            np.tile(self.exact_bytes, times),
+            np.tile(self.weight, times),
+            np.tile(self.exact, times),
         )
 
 
@@ -187,10 +200,25 @@ def steps_for_error(spectra: Spectra, error: float) -> F64:
     (E,) float64
     """
     low, high = _finest(spectra), np.full(len(spectra.n_in), 1.0)
-    for _ in range(40):
-        middle = np.sqrt(low * high)
-        good = predict(spectra, middle).errors <= error
-        low, high = np.where(good, middle, low), np.where(good, high, middle)
+    n = len(low)
+    # For few entries the calls take most of the time: their bisection is done five levels at once.
+    levels = 5 if n <= _FEW else 1
+    cells = 2**levels
+    many = spectra.repeated(cells - 1)
+    entries = np.arange(n)
+    for _ in range(40 // levels):
+        bounds = np.empty((cells + 1, n))
+        bounds[0], bounds[cells] = low, high
+        width = cells
+        while width > 1:
+            bounds[width // 2 :: width] = np.sqrt(bounds[:-1:width] * bounds[width::width])
+            width //= 2
+        good = predict(many, bounds[1:-1].reshape(-1)).errors.reshape(-1, n) <= error
+        at = np.zeros(n, np.int64)
+        for level in range(levels):
+            half = cells >> (level + 1)
+            at += half * good[at + half - 1, entries]
+        low, high = bounds[at, entries], bounds[at + 1, entries]
     return low
 
 
