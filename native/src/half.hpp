@@ -1,7 +1,8 @@
 // Conversions between binary32 and the 16-bit formats, branch-free so that loops over them vectorise.
 //
-// Widening is exact, NaN payloads included. Narrowing rounds to nearest even; overflow gives
-// infinity, subnormal results are kept (8.1).
+// Widening is exact; of a NaN the payload is kept, and one that comes from f16 becomes quiet, which is
+// what processors do. Narrowing rounds to nearest even; overflow gives infinity, subnormal results are
+// kept (8.1).
 #pragma once
 
 #include <cstdint>
@@ -37,6 +38,7 @@ RMM_INLINE float float_of_f16(uint16_t half) {
     uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFFu) << 13;
     // The exponent's bias is 15 here and 127 there; infinity and NaN have the highest exponent in both.
     uint32_t normal = magnitude + (magnitude >= 0x0F800000u ? 0x70000000u : 0x38000000u);
+    normal |= static_cast<uint32_t>(magnitude > 0x0F800000u) << 22;
     // A subnormal is fraction · 2^-24: put the fraction behind 2^-14 and take 2^-14 away, exactly.
     uint32_t subnormal = bits_of(float_of(magnitude + 0x38800000u) - float_of(0x38800000u));
     return float_of(sign | choose(magnitude < 0x00800000u, subnormal, normal));

@@ -168,112 +168,197 @@ void Restorer::prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first,
     scalar_ = plan_.row_mixing || first / plan_.group == (first + n - 1) / plan_.group;
 }
 
-void Restorer::tile(int dtype, uint8_t* out, uint64_t first, uint64_t n) {
-    const uint32_t rank = plan_.rank, p = plan_.n_components, R = plan_.frame_rank;
-    const uint64_t L = plan_.n_positions;
-    const bool lone_residual = !mean_.present() && p == 0 && residual_.present();
+namespace {
+
+// How a row is stored, if no more than widening is needed; N_STORED if not.
+Stored stored_as(const Row& row) {
+    switch (row.encoding->code) {
+        case ENCODING_F32: return STORED_F32;
+        case ENCODING_F16: return STORED_F16;
+        case ENCODING_BF16: return STORED_BF16;
+        default: return N_STORED;
+    }
+}
+
+}  // namespace
+
+// Components j … j + n_terms − 1 of row k, each position of which has coefficients of its own or one for
+// the tile. Rows that are all stored in one way are widened on the way.
+void Restorer::add_component(uint32_t k, uint64_t first, uint64_t n, uint32_t j, uint32_t n_terms, f32u* target,
+                             const f32u*& sum) {
+    Row rows[TERMS];
+    Stored stored = N_STORED;
+    for (uint32_t t = 0; t < n_terms; ++t) {
+        rows[t] = basis_.row(static_cast<uint64_t>(j + t) * plan_.frame_rank + k);
+        const Stored own = stored_as(rows[t]);
+        stored = t == 0 || stored == own ? own : N_STORED;
+    }
+    const void* basis[TERMS];
+    const uint64_t n_bytes = stored == STORED_F32 ? 4 : 2;
+    for (uint32_t t = 0; t < n_terms; ++t) {
+        basis[t] = stored == N_STORED ? static_cast<const void*>(decode(rows[t], first, n, terms_[t]))
+                                      : rows[t].data + n_bytes * first;
+    }
+    Start from = sum ? Start::SUM : Start::PRODUCT;
+    const void* start = sum;
+    if (j == 0 && mean_.present()) {
+        const Row mean = mean_.row(k);
+        if (stored != N_STORED && stored_as(mean) == stored) {
+            from = Start::STORED;
+            start = mean.data + n_bytes * first;
+        } else {
+            from = Start::SUM;
+            start = decode(mean, first, n, target);
+        }
+    }
+    kernels_.add_products[stored == N_STORED ? STORED_F32 : stored][scalar_](target, from, start, coefficient_, basis,
+                                                                            n_terms, n);
+    sum = target;
+}
+
+// The sums of rows k0 … k0 + n_rows − 1: where they are, which need not be in the targets.
+void Restorer::sum_up(uint32_t k0, uint32_t n_rows, uint64_t first, uint64_t n, f32u* const* targets,
+                      const f32u** sums) {
+    const uint32_t p = plan_.n_components;
+    const bool mixing = plan_.row_mixing;
+    for (uint32_t i = 0; i < n_rows; ++i) {
+        sums[i] = mean_.present() && (p == 0 || mixing) ? decode(mean_.row(k0 + i), first, n, targets[i]) : nullptr;
+    }
+    for (uint32_t j = 0; j < p; j += TERMS) {
+        const uint32_t n_terms = std::min(TERMS, p - j);
+        prepare_coefficients(k0, n_rows, first, n, j, n_terms);
+        if (!mixing) {
+            for (uint32_t i = 0; i < n_rows; ++i) add_component(k0 + i, first, n, j, n_terms, targets[i], sums[i]);
+            continue;
+        }
+        const void* basis[TERMS];  // the same rows for all
+        for (uint32_t t = 0; t < n_terms; ++t) basis[t] = decode(basis_.row(j + t), first, n, terms_[t]);
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            const f32u* c[TERMS];
+            for (uint32_t t = 0; t < n_terms; ++t) c[t] = coefficient_[t] + i;
+            kernels_.add_products[STORED_F32][1](targets[i], sums[i] ? Start::SUM : Start::PRODUCT, sums[i], c, basis,
+                                                 n_terms, n);
+            sums[i] = targets[i];
+        }
+    }
+    for (uint32_t i = 0; i < n_rows; ++i) {
+        if (residual_.present()) {
+            if (!sums[i]) {
+                sums[i] = decode(residual_.row(k0 + i), first, n, targets[i]);
+                continue;
+            }
+            kernels_.add_rows(targets[i], sums[i], decode(residual_.row(k0 + i), first, n, terms_[0]), n);
+            sums[i] = targets[i];
+        } else if (!sums[i]) {
+            std::memset(targets[i], 0, n * sizeof(float));  // no term: +0
+            sums[i] = targets[i];
+        }
+    }
+}
+
+// Positions of A whose bytes are stored as they are to be: false if there are none such.
+bool Restorer::copy(int dtype, uint8_t* out, uint64_t first, uint64_t last, bool past) {
     const uint8_t own_encoding = static_cast<uint8_t>(dtype);  // codes of dtypes and encodings agree
+    const uint64_t size = dtype == RMM_F32 ? 4 : 2, L = plan_.n_positions;
+    if (factor_ != 0 || mean_.present() || plan_.n_components != 0 || !residual_.present()) return false;
+    for (uint32_t k = 0; k < plan_.rank; ++k) {
+        if (residual_.row(k).encoding->code != own_encoding) return false;
+    }
+    for (uint32_t k = 0; k < plan_.rank;) {
+        const uint8_t* from = residual_.row(k).data + size * first;
+        const uint32_t start = k++;
+        if (first == 0 && last == L) {  // rows behind each other here are so there
+            while (k < plan_.rank && residual_.row(k).data == from + (k - start) * size * L) ++k;
+        }
+        const uint64_t n_bytes = size * (last - first + (k - start - 1) * L);
+        uint8_t* to = out + size * (start * L + first);
+        if (past) {
+            kernels_.copy_past(to, from, n_bytes);
+        } else {
+            std::memcpy(to, from, n_bytes);
+        }
+    }
+    return true;
+}
+
+void Restorer::tile(int dtype, uint8_t* out, uint64_t first, uint64_t n, bool past) {
+    const uint32_t rank = plan_.rank;
+    const uint64_t L = plan_.n_positions;
+    const bool lone_residual = !mean_.present() && plan_.n_components == 0 && residual_.present();
+    const uint8_t own_encoding = static_cast<uint8_t>(dtype);
     const uint64_t size = dtype == RMM_F32 ? 4 : 2;
+    const Stored narrow = dtype == RMM_F16 ? STORED_F16 : STORED_BF16;
 
     for (uint32_t k0 = 0; k0 < rank; k0 += PANEL_ROWS) {
         const uint32_t n_rows = std::min(PANEL_ROWS, rank - k0);
         // Where the sum of a row is built: in the output if that has its form, else in the panel.
+        const bool in_place = factor_ == 0 && dtype == RMM_F32 && !past;
         const f32u* sums[PANEL_ROWS];
         f32u* targets[PANEL_ROWS];
         const u16u* raw[PANEL_ROWS] = {nullptr};  // rows whose bits are copied
         for (uint32_t i = 0; i < n_rows; ++i) {
-            targets[i] = factor_ == 0 && dtype == RMM_F32
-                             ? reinterpret_cast<f32u*>(out + 4 * ((k0 + i) * L + first))
-                             : panel_[i];
-            sums[i] = nullptr;
+            targets[i] = in_place ? reinterpret_cast<f32u*>(out + 4 * ((k0 + i) * L + first)) : panel_[i];
         }
-
-        if (lone_residual) {
+        if (lone_residual && size == 2) {
             for (uint32_t i = 0; i < n_rows; ++i) {
-                Row row = residual_.row(k0 + i);
-                if (row.encoding->code == own_encoding && size == 2) {
+                const Row row = residual_.row(k0 + i);
+                if (row.encoding->code == own_encoding) {
                     raw[i] = reinterpret_cast<const u16u*>(row.data + 2 * first);
-                } else if (row.encoding->code == ENCODING_F32) {
-                    sums[i] = reinterpret_cast<const f32u*>(row.data + 4 * first);
                 } else {
-                    row.encoding->decode(row.data, first, n, targets[i]);
-                    sums[i] = targets[i];
+                    sums[i] = decode(row, first, n, targets[i]);
                 }
             }
         } else {
-            if (mean_.present()) {
-                for (uint32_t i = 0; i < n_rows; ++i) {
-                    sums[i] = decode(mean_.row(k0 + i), first, n, targets[i]);
-                }
-            }
-            for (uint32_t j = 0; j < p; j += TERMS) {
-                const uint32_t n_terms = std::min(TERMS, p - j);
-                prepare_coefficients(k0, n_rows, first, n, j, n_terms);
-                const f32u* basis[TERMS];
-                for (uint32_t i = 0; i < n_rows; ++i) {
-                    if (i == 0 || !plan_.row_mixing) {
-                        for (uint32_t t = 0; t < n_terms; ++t) {
-                            uint64_t row = plan_.row_mixing ? j + t : static_cast<uint64_t>(j + t) * R + k0 + i;
-                            basis[t] = decode(basis_.row(row), first, n, terms_[t]);
-                        }
-                    }
-                    if (scalar_) {
-                        float c[TERMS];
-                        for (uint32_t t = 0; t < n_terms; ++t) c[t] = coefficient_[t][plan_.row_mixing ? i : 0];
-                        add_multiples(targets[i], sums[i], c, basis, n_terms, n);
-                    } else {
-                        add_products(targets[i], sums[i], coefficient_, basis, n_terms, n);
-                    }
-                    sums[i] = targets[i];
-                }
-            }
-            if (residual_.present()) {
-                for (uint32_t i = 0; i < n_rows; ++i) {
-                    const f32u* term = decode(residual_.row(k0 + i), first, n, terms_[0]);
-                    add_rows(targets[i], sums[i], term, n);
-                    sums[i] = targets[i];
-                }
-            }
-            if (!mean_.present() && p == 0 && !residual_.present()) {
-                for (uint32_t i = 0; i < n_rows; ++i) {
-                    std::memset(targets[i], 0, n * sizeof(float));  // no term: +0
-                    sums[i] = targets[i];
-                }
-            }
+            sum_up(k0, n_rows, first, n, targets, sums);
         }
 
         if (dtype == RMM_F32) {
-            if (factor_ == 0) {
-                for (uint32_t i = 0; i < n_rows; ++i) {
-                    if (sums[i] != targets[i]) std::memcpy(targets[i], sums[i], n * sizeof(float));
+            if (factor_ == 1) {
+                kernels_.transpose32(reinterpret_cast<u32u*>(out + 4 * (first * rank + k0)), rank,
+                                     reinterpret_cast<const u32u* const*>(sums), n_rows, n, past);
+                continue;
+            }
+            for (uint32_t i = 0; i < n_rows; ++i) {
+                uint8_t* to = out + 4 * ((k0 + i) * L + first);
+                if (past) {
+                    kernels_.copy_past(to, sums[i], n * sizeof(float));
+                } else if (sums[i] != targets[i]) {
+                    std::memcpy(to, sums[i], n * sizeof(float));
                 }
-            } else {
-                transpose32(reinterpret_cast<u32u*>(out + 4 * (first * rank + k0)), rank,
-                            reinterpret_cast<const u32u* const*>(sums), n_rows, n);
             }
             continue;
         }
         const u16u* halves[PANEL_ROWS];
         for (uint32_t i = 0; i < n_rows; ++i) {
-            u16u* to = factor_ == 0 ? reinterpret_cast<u16u*>(out + 2 * ((k0 + i) * L + first)) : halves_[i];
+            uint8_t* place = out + 2 * ((k0 + i) * L + first);
+            u16u* to = factor_ == 0 && !past ? reinterpret_cast<u16u*>(place) : halves_[i];
             if (raw[i]) {
-                if (factor_ == 0) std::memcpy(to, raw[i], n * sizeof *to);
                 halves[i] = raw[i];
-                continue;
-            }
-            if (dtype == RMM_F16) {
-                round_to_f16(to, sums[i], n);
             } else {
-                round_to_bf16(to, sums[i], n);
+                kernels_.narrow[narrow](to, sums[i], n);
+                halves[i] = to;
             }
-            halves[i] = to;
+            if (factor_ == 1) continue;
+            if (past) {
+                kernels_.copy_past(place, halves[i], n * sizeof *to);
+            } else if (raw[i]) {
+                std::memcpy(place, raw[i], n * sizeof *to);
+            }
         }
-        if (factor_ == 1) transpose16(reinterpret_cast<u16u*>(out + 2 * (first * rank + k0)), rank, halves, n_rows, n);
+        if (factor_ == 1) {
+            kernels_.transpose16(reinterpret_cast<u16u*>(out + 2 * (first * rank + k0)), rank, halves, n_rows, n, past);
+        }
     }
 }
 
-void Restorer::write(int dtype, uint8_t* out, uint64_t first, uint64_t last) {
-    for (; first < last; first += TILE) tile(dtype, out, first, std::min(TILE, last - first));
+void Restorer::write(int dtype, uint8_t* out, uint64_t first, uint64_t last, bool past) {
+    if (copy(dtype, out, first, last, past)) return;
+    // What goes past the caches goes there by whole lines.
+    const uint64_t position = plan_.rank * (dtype == RMM_F32 ? 4 : 2);
+    if (factor_ == 1 && (reinterpret_cast<uintptr_t>(out) % 64 != 0 || (position % 64 != 0 && 64 % position != 0))) {
+        past = false;
+    }
+    for (; first < last; first += TILE) tile(dtype, out, first, std::min(TILE, last - first), past);
 }
 
 }  // namespace rmm

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "kernels.hpp"
 
 namespace rmm {
 
@@ -38,10 +39,6 @@ class Rows {
     size_t last_ = 0;
 };
 
-constexpr uint64_t TILE = 512;        // positions that are worked on at once; a multiple of BLOCK
-constexpr uint32_t PANEL_ROWS = 16;   // rows that are transposed at once
-constexpr uint32_t TERMS = 4;         // products that are added at once
-
 // Reconstructs factors, one thread's worth: buffers are kept from one to the next.
 class Restorer {
   public:
@@ -59,14 +56,19 @@ class Restorer {
     void finish();
 
     // Writes positions first … last − 1 of the factor, which starts at `out`; `first` is a multiple
-    // of TILE. A is (rank, n_in), B (n_out, rank), row-major.
-    void write(int dtype, uint8_t* out, uint64_t first, uint64_t last);
+    // of TILE. A is (rank, n_in), B (n_out, rank), row-major. With `past`, past the caches where that
+    // can be: to be settled (Kernels) by the thread that wrote.
+    void write(int dtype, uint8_t* out, uint64_t first, uint64_t last, bool past = false);
 
   private:
     void walk(const EntryPlan& plan, int f, const Entry& entry, uint64_t offset);
     void take(ArrayWalk& walk, const Array& array, Rows* rows);
     void put_off(const PlacedRun& run, uint64_t row_length, Rows& rows);
-    void tile(int dtype, uint8_t* out, uint64_t first, uint64_t n);
+    bool copy(int dtype, uint8_t* out, uint64_t first, uint64_t last, bool past);
+    void tile(int dtype, uint8_t* out, uint64_t first, uint64_t n, bool past);
+    void sum_up(uint32_t k0, uint32_t n_rows, uint64_t first, uint64_t n, f32u* const* targets, const f32u** sums);
+    void add_component(uint32_t k, uint64_t first, uint64_t n, uint32_t j, uint32_t n_terms, f32u* target,
+                       const f32u*& sum);
     void prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first, uint64_t n, uint32_t j, uint32_t n_terms);
     const f32u* decode(const Row& row, uint64_t first, uint64_t n, f32u* buffer);
 
@@ -92,6 +94,7 @@ class Restorer {
     alignas(64) uint16_t halves_[PANEL_ROWS][TILE];
     const f32u* coefficient_[TERMS];
     bool scalar_ = false;
+    const Kernels& kernels_ = kernels();
 };
 
 }  // namespace rmm

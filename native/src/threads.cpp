@@ -15,16 +15,17 @@
 namespace rmm {
 namespace {
 
-constexpr uint64_t BYTES_PER_THREAD = 1 << 20;  // below this, starting a thread costs more than it brings
+constexpr uint64_t LEAST_WORK = 1 << 20;  // bytes; below this, starting a thread always costs more than it brings
 constexpr uint32_t MOST_BY_CHOICE = 16;         // memory is the limit before that
 constexpr uint32_t MOST = 256;
 
 }  // namespace
 
-uint32_t choose_threads(uint32_t asked, uint64_t n_bytes, uint64_t n_units) {
+uint32_t choose_threads(uint32_t asked, uint64_t work, uint64_t n_units, uint64_t work_per_thread) {
     uint64_t n = asked;
     if (asked == 0) n = std::min(std::max(std::thread::hardware_concurrency(), 1u), MOST_BY_CHOICE);
-    n = std::min<uint64_t>({n, MOST, std::max<uint64_t>(n_bytes / BYTES_PER_THREAD, 1), std::max<uint64_t>(n_units, 1)});
+    const uint64_t worth = work / (asked == 0 ? work_per_thread : LEAST_WORK);
+    n = std::min<uint64_t>({n, MOST, std::max<uint64_t>(worth, 1), std::max<uint64_t>(n_units, 1)});
     return static_cast<uint32_t>(n);
 }
 

@@ -6,8 +6,9 @@
 
 namespace rmm {
 
-// Threads to use for that many bytes of output; `asked` 0 lets this function choose.
-uint32_t choose_threads(uint32_t asked, uint64_t n_bytes, uint64_t n_units);
+// Threads to use for so much work, about as many bytes of f32; `asked` 0 lets this function choose, one
+// for each `work_per_thread`. Never more than units, and one alone for what is not worth starting another.
+uint32_t choose_threads(uint32_t asked, uint64_t work, uint64_t n_units, uint64_t work_per_thread = 1 << 20);
 
 // Calls work(next) in n_threads threads, one of them the caller's; next() gives unit numbers until
 // there are no more. The exception of the lowest unit that threw is thrown again, so that the
