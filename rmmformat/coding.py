@@ -25,7 +25,15 @@ from rmmformat.merge.gauge import align as align_factors
 from rmmformat.model import Array, Factors
 from rmmformat.planned import ErrorPlan, SizePlan, code_to_error, code_to_size, plan_size, survey
 from rmmformat.published import Align, Published, code_published
-from rmmformat.rows import CodedTarget, InTurn, digest, dtype_codes, encode_rows, exact_rows
+from rmmformat.rows import (
+    CodedTarget,
+    InTurn,
+    digest,
+    dtype_codes,
+    encode_rows,
+    exact_rows,
+    mean_bytes,
+)
 from rmmformat.threads import each
 
 __all__ = [
@@ -199,23 +207,25 @@ def _plain(method: Plain, factors: Sequence[Factors]) -> CodedTarget:
             error=error if original.scale else 0.0,
         )
 
-    return CodedTarget((), InTurn(entry, len(factors)))
+    return CodedTarget((), InTurn(entry, len(factors), mean_bytes(factors)))
 
 
 def _exact(_method: Exact, factors: Sequence[Factors]) -> CodedTarget:
     keys = _equal_keys(factors)
     clusters: dict[tuple[str | None, ...], int] = {}
-    frames: list[tuple[FramePart | None, FramePart | None]] = []
-    for key, original in zip(keys, factors, strict=True):
+    first: list[int] = []
+    for t, key in enumerate(keys):
         if any(key) and key not in clusters:
-            parts = [
-                None
-                if name is None
-                else FramePart(rows.shape[1], 0, len(rows), exact_rows(rows), None)
-                for name, rows in zip(key, (original.A, original.B.T), strict=True)
-            ]
-            frames.append((parts[0], parts[1]))
-            clusters[key] = len(frames)
+            first.append(t)
+            clusters[key] = len(first)
+
+    def frame(number: int) -> tuple[FramePart | None, FramePart | None]:
+        t = first[number]
+        a, b = (
+            None if name is None else FramePart(rows.shape[1], 0, len(rows), exact_rows(rows), None)
+            for name, rows in zip(keys[t], (factors[t].A, factors[t].B.T), strict=True)
+        )
+        return a, b
 
     def entry(t: int) -> EntryData:
         original = factors[t]
@@ -236,7 +246,10 @@ def _exact(_method: Exact, factors: Sequence[Factors]) -> CodedTarget:
             error=0.0,
         )
 
-    return CodedTarget(tuple(frames), InTurn(entry, len(factors)))
+    return CodedTarget(
+        InTurn(frame, len(first), mean_bytes(factors)),
+        InTurn(entry, len(factors), mean_bytes(factors)),
+    )
 
 
 def _equal_keys(factors: Sequence[Factors]) -> list[tuple[str | None, str | None]]:
@@ -245,13 +258,13 @@ def _equal_keys(factors: Sequence[Factors]) -> list[tuple[str | None, str | None
     for arrays, turned in (([f.A for f in factors], False), ([f.B for f in factors], True)):
         # Only among equal checksums can there be equal arrays; bytes of unlike dtypes do not tell.
         if len({array.dtype for array in arrays}) == 1:
-            sums = list(each(_checksum, arrays))
+            sums = list(each(_checksum, arrays, arrays[0].nbytes))
         else:
             sums = [0] * len(arrays)
         seen = collections.Counter(sums)
         candidates = [t for t, own in enumerate(sums) if seen[own] > 1]
-        rows = (arrays[t].T if turned else arrays[t] for t in candidates)
-        digests = dict(zip(candidates, each(_digest, rows), strict=True))
+        rows = [arrays[t].T if turned else arrays[t] for t in candidates]
+        digests = dict(zip(candidates, each(_digest, rows, arrays[0].nbytes), strict=True))
         often = collections.Counter(digests.values())
         keys = [digests.get(t) for t in range(len(arrays))]
         sides.append([key if often[key] > 1 else None for key in keys])

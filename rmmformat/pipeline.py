@@ -1,14 +1,15 @@
 """Many adapters to one file: sources in, a file and a report out.
 
-Streams one target at a time, twice where a method wants to see all of them before it codes any:
-memory is bounded by the largest target of all tasks, times the number of workers, whatever the size
-of the collection.
+Streams one target at a time, twice where a method wants to see all of them before it codes any.
+Factors of sources that are mapped files stay where they are; what is held is what a target's coding
+needs beside them.  With workers, memory is bounded by the largest target of all tasks for each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -30,6 +31,7 @@ from rmmformat.converters.registry import collect
 from rmmformat.format.assembly import Assembly
 from rmmformat.format.catalog import TargetKey
 from rmmformat.format.writer import Writer
+from rmmformat.mapped import release
 from rmmformat.merge.error import summarize
 from rmmformat.model import Factors, LedgerLine, SourceTask
 from rmmformat.provenance import described_anew
@@ -51,6 +53,10 @@ __all__ = [
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 Source = str | os.PathLike[str]
+
+#: Bytes of factors that are sent to workers before these have room for them.
+_WAITING = 1 << 27
+
 T = TypeVar("T")
 
 
@@ -258,7 +264,8 @@ def put_targets(
     progress: Progress | None = None,
 ) -> None:
     """Add coded targets to what is to be written, and note their errors by task and target."""
-    for done, (key, coded) in enumerate(coded_targets, 1):
+    numbers = itertools.count(1)
+    for key, coded in coded_targets:
         clusters = [assembly.add_frame(key, a, b) for a, b in coded.frames]
         for task, entry in zip(by_target[key], coded.entries, strict=True):
             if entry.cluster > coded.known_frames:
@@ -266,8 +273,9 @@ def put_targets(
                 entry = dataclasses.replace(entry, cluster=number)
             assembly.add_entry(task.name, key, entry)
             errors[task.name][key.name] = entry.error
+        del coded, entry  # before the next target is coded
         if progress is not None:
-            progress("targets", done, len(by_target))
+            progress("targets", next(numbers), len(by_target))
 
 
 def put_privates(
@@ -276,7 +284,9 @@ def put_privates(
     """Add the private tensors of tasks to what is to be written."""
     for done, task in enumerate(tasks, 1):
         for name, info in task.privates.items():
-            assembly.add_private(task.name, name, info, task.private_tensor(name))
+            values = task.private_tensor(name)
+            assembly.add_private(task.name, name, info, values)
+            release([values])
         if progress is not None:
             progress("private tensors", done, len(tasks))
 
@@ -369,16 +379,23 @@ def _map_targets(
 ) -> Iterator[tuple[TargetKey, T]]:
     if executor is None:
         for key, members in by_target.items():
-            factors = [task.factors(key.name) for task in members]
-            yield key, function_of(key)(factors)
+            yield key, function_of(key)([task.factors(key.name) for task in members])
         return
-    ahead = 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
+    workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     running: dict[Future[T], TargetKey] = {}
+
+    def n_bytes() -> int:
+        return sum(t.targets[k.name].n_bytes for k in running.values() for t in by_target[k])
+
+    def more() -> bool:
+        # One for each worker, and what it goes on with, as long as that is not much.
+        return len(running) < workers or (len(running) < 2 * workers and n_bytes() < _WAITING)
+
     waiting = iter(by_target)
     exhausted = False
     try:
         while running or not exhausted:
-            while not exhausted and len(running) < ahead:
+            while not exhausted and more():
                 following = next(waiting, None)
                 if following is None:
                     exhausted = True

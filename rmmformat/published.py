@@ -22,7 +22,7 @@ from rmmformat.merge.error import error_of_grams, row_gram
 from rmmformat.merge.gauge import align as align_factors
 from rmmformat.merge.rmm import Grouping, max_components, merge_tasks
 from rmmformat.model import Array, Factors
-from rmmformat.rows import CodedTarget, InTurn, common_dtype, dtype_codes, encode_rows
+from rmmformat.rows import CodedTarget, InTurn, common_dtype, dtype_codes, encode_rows, mean_bytes
 from rmmformat.threads import each
 
 __all__ = ["Align", "Published", "code_published"]
@@ -117,7 +117,7 @@ def code_published(method: Published, factors: Sequence[Factors]) -> CodedTarget
             error=error_of_grams(*grams) if original.scale else 0.0,
         )
 
-    return CodedTarget(((a.part, b.part),), InTurn(entry, len(factors)))
+    return CodedTarget(((a.part, b.part),), InTurn(entry, len(factors), mean_bytes(factors)))
 
 
 def _merged(originals: Sequence[Array], method: Published, code: int) -> _Side:

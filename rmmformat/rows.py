@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +27,12 @@ __all__ = [
     "dtype_codes",
     "encode_rows",
     "exact_rows",
+    "mean_bytes",
     "measure",
 ]
 
 Float32 = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,30 +44,38 @@ class CodedTarget:
     frames
         Shared parts, cluster 1 first: one part for A and one for B, or None.
     entries
-        For each task, in the order given; `error` is measured on the decoded bytes.  They may be
-        made as they are taken (:class:`InTurn`), so that no more than a few are in memory.
+        For each task, in the order given; `error` is measured on the decoded bytes.
     known_frames
         Frames that the file has of this target already: cluster numbers count them first.
+
+    Frames are taken first.  Both may be made as they are taken (:class:`InTurn`), so that no more
+    than a few are in memory.
     """
 
-    frames: tuple[tuple[FramePart | None, FramePart | None], ...]
+    frames: Iterable[tuple[FramePart | None, FramePart | None]]
     entries: Iterable[EntryData]
     known_frames: int = 0
 
     def whole(self) -> CodedTarget:
-        """The same with all entries made, to travel or to be kept."""
-        return dataclasses.replace(self, entries=tuple(self.entries))
+        """The same with everything made, to travel or to be kept."""
+        return dataclasses.replace(self, frames=tuple(self.frames), entries=tuple(self.entries))
 
 
 @dataclasses.dataclass(frozen=True)
-class InTurn(Iterable[EntryData]):
-    """Entries that a function of the task's number makes, on a few threads, as they are taken."""
+class InTurn(Iterable[T]):
+    """What a function of a number makes of so many bytes, on a few threads, as it is taken."""
 
-    entry: Callable[[int], EntryData]
-    n_tasks: int
+    make: Callable[[int], T]
+    count: int
+    item_bytes: int
 
-    def __iter__(self) -> Iterator[EntryData]:
-        return each(self.entry, range(self.n_tasks))
+    def __iter__(self) -> Iterator[T]:
+        return each(self.make, range(self.count), self.item_bytes)
+
+
+def mean_bytes(factors: Sequence[Factors]) -> int:
+    """Bytes of both factors of a task."""
+    return sum(f.A.nbytes + f.B.nbytes for f in factors) // max(1, len(factors))
 
 
 def encode_rows(rows: Float32, code: int) -> tuple[EncodedArray, Float32]:

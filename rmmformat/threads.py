@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST = 16  # memory is the limit before that
+_SMALL = 1 << 16  # bytes of an item for which handing it over costs more than it brings
 
 
 def n_threads() -> int:
@@ -25,13 +26,16 @@ def n_threads() -> int:
     return min(usable, _MOST)
 
 
-def each(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def each(
+    function: Callable[[T], R], items: Sequence[T], item_bytes: int | None = None
+) -> Iterator[R]:
     """Apply a function to every item as ``map`` does, a few items at a time; results in order.
 
-    No more results than twice the threads are waiting for whoever takes them.
+    No more results than twice the threads are waiting for whoever takes them.  Items of few bytes
+    are done one after the other, here.
     """
-    count = n_threads()
-    if count < 2:
+    count = min(n_threads(), len(items))
+    if count < 2 or (item_bytes is not None and item_bytes < _SMALL):
         yield from map(function, items)
         return
     waiting: collections.deque[Future[R]] = collections.deque()

@@ -230,7 +230,7 @@ def merge_tasks(
     components: int,
     grouping: Grouping = "position",
     center: bool = True,
-    each: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map,
+    each: Callable[[Callable[[int], Any], Sequence[int]], Iterable[Any]] = map,
 ) -> tuple[Shared, F32]:
     """Merge as :func:`merge` does, from the tasks' arrays where they lie, block by block.
 

@@ -27,7 +27,12 @@ from rmmformat.workers import worker_pool
 from ..product.conftest import make_tasks
 from .conftest import Cluster
 
-METHODS: list[dict[str, Any]] = [{"max_error": 0.05}, {"size": 0.1}, {"components": 2}]
+METHODS: list[dict[str, Any]] = [
+    {"max_error": 0.05},
+    {"size": 0.1},
+    {"components": 2, "align": "svd"},
+    {"components": 2},  # done here, whoever would help
+]
 
 
 def bytes_of(

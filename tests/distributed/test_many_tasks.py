@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import rmmformat as rmm
+from rmmformat import threads
 from rmmformat.methods import choose_method
 from rmmformat.pipeline import convert, open_sources
 
@@ -55,7 +56,13 @@ def files(tasks: list[MemoryTask], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("options", [{"components": 2}, {"exact": True}])
-def test_converting(tasks: list[MemoryTask], tmp_path: Path, options: dict[str, Any]) -> None:
+def test_converting(
+    tasks: list[MemoryTask],
+    tmp_path: Path,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "n_threads", lambda: 1)  # calls in other threads are not counted
     method, calls, sizes = choose_method(**options), {}, {}
     for n in (FEW, MANY):
         path = tmp_path / f"{n}.rmm"
