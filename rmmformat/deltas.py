@@ -43,6 +43,8 @@ _ERROR_BAND, _ERROR_AIM = 0.985, 0.994
 #: The same for the bytes of a target.
 _SIZE_BAND, _SIZE_AIM = 0.99, 0.9975
 _ATTEMPTS = 6
+#: Steps are sought within so many octaves of the first; beyond, nothing is left to code or gain.
+_OCTAVES = 60.0
 _LEAST_NORM = 1e-25
 
 
@@ -150,6 +152,7 @@ def fit_size(
         previous = octaves, n_bytes
         octaves += (n_bytes - _SIZE_AIM * budget) / slope
         octaves += 0.25 * max(0, number - _ATTEMPTS)  # nothing has fitted: go on, faster
+        octaves = min(max(octaves, -_OCTAVES), _OCTAVES)
     return (attempt(math.inf) if best is None else best), best_factor
 
 

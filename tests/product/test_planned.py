@@ -10,6 +10,8 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import rmmformat as rmm
 from rmmformat.cli.main import main
+from rmmformat.deltas import fit_size
 from rmmformat.errors import OptionError
 from rmmformat.inspect import compare_with_sources, entry_infos
 from rmmformat.merge.error import relative_error
@@ -210,6 +213,19 @@ def test_a_size_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no room"):
         convert(decaying(1), tmp_path / "x.rmm", choose_method(size=1e-6))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fitting_a_size_survives_bytes_that_no_slope_foresees() -> None:
+    """A frame's rows may cost thousands of times what the components at the first step promise."""
+
+    def attempt(factor: float) -> list[Any]:
+        return [SimpleNamespace(n_bytes=10_000 if factor < 2.0**40 else 10)]
+
+    coded, factor = fit_size(attempt, 100, 1 / 8)
+    assert coded[0].n_bytes == 10
+    assert 2.0**40 <= factor < np.inf
+    coded, factor = fit_size(attempt, -100, 1 / 8)  # nothing fits
+    assert (coded[0].n_bytes, factor) == (10, np.inf)
 
 
 @pytest.mark.parametrize("options", [{"max_error": 0.1}, {"size": 0.05}])
