@@ -33,6 +33,7 @@ def main() -> None:
     start = time.perf_counter()
     script = getattr(importlib.import_module(module), function)
     importing = time.perf_counter() - start
+    cpu_start = time.process_time()
     sys.argv = [module, *words]
     sys.path.pop(0)  # this script's folder
     try:
@@ -40,7 +41,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code not in (0, None):
             raise
-    Path(told).write_text(json.dumps({"importing": importing, "peak": peak()}))
+    told_of = {"importing": importing, "peak": peak(), "cpu": time.process_time() - cpu_start}
+    Path(told).write_text(json.dumps(told_of))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def tables(setting: Setting) -> list[Table]:
         (
             Column("seconds", "seconds"),
             Column("work", "without imports"),
-            Column("ratio", "times ours"),
+            Column("cpu", "CPU, s"),
+            Column("ratio", "CPU, times ours"),
             Column("peak", "peak MiB", ".0f"),
             Column("bytes", "MB written"),
             Column("error", "left out, %", ".3f"),
@@ -66,6 +67,7 @@ def tables(setting: Setting) -> list[Table]:
             name,
             seconds=program.seconds,
             work=program.seconds - program.importing,
+            cpu=program.cpu,
             peak=program.peak / 2**20,
             bytes=out.stat().st_size / 1e6,
             error=error,
@@ -90,13 +92,14 @@ def tables(setting: Setting) -> list[Table]:
             "mergekit-extract-lora",
             seconds=program.seconds,
             work=program.seconds - program.importing,
+            cpu=program.cpu,
             peak=program.peak / 2**20,
             bytes=file.stat().st_size / 1e6,
             error=left_out(root, found),
         )
     else:
         table.notes.append("mergekit is not installed.")
-    table.compare("rmm, factors in f32", "work")
+    table.compare("rmm, factors in f32", "cpu")
     return [table]
 
 

@@ -91,12 +91,15 @@ class Program:
         From its start to its end, the interpreter's included.
     importing
         Seconds of that for its imports.
+    cpu
+        The processors' time after its imports, of all threads.
     peak
         Most resident memory, bytes; pages of mapped files count while they are resident.
     """
 
     seconds: float
     importing: float
+    cpu: float
     peak: int
     out: str
 
@@ -121,7 +124,7 @@ def run_program(where: str, words: Sequence[object], threads: int) -> Program:
         if done.returncode or not told.exists():
             raise RuntimeError(f"{where}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(told.read_text())
-    return Program(seconds, found["importing"], found["peak"], done.stdout)
+    return Program(seconds, found["importing"], found["cpu"], found["peak"], done.stdout)
 
 
 def machine() -> list[str]:
