@@ -48,9 +48,11 @@ trust: $(VENV)/.done
 	  tests/fuzz tests/native/test_c.py tests/native/test_together.py
 	$(MAKE) fuzz fuzz-importers
 
-# The C examples and the program of docs/c.md under valgrind, which must be there.
+# The C examples and the program of docs/c.md under valgrind, which must be there, and the instructions
+# that the inner loops take.
 memcheck: $(VENV)/.done
-	RMM_NEED_VALGRIND=1 $(BIN)/python -m pytest tests/native/test_c.py -k "valgrind or guide"
+	RMM_NEED_VALGRIND=1 $(BIN)/python -m pytest tests/native/test_c.py tests/native/test_kernel_counts.py \
+	  -k "valgrind or guide or instructions"
 
 # The converters live beside the package and are installed into it; the type checker and the import
 # contracts want to see it as it is installed.
