@@ -51,13 +51,13 @@ def positions(setting: Setting) -> Table:
         "way",
         (
             Column("one", "1 thread", ".0f"),
-            Column("all", f"{len(cpus())} threads", ".0f"),
+            *((Column("all", f"{len(cpus())} threads", ".0f"),) if len(cpus()) > 1 else ()),
             Column("ratio", "times ours, 1 thread", ".3f"),
             Column("error", "left out, %"),
             Column("kept", "values kept, %", ".0f"),
         ),
     )
-    for key, threads in (("one", 1), ("all", len(cpus()))):
+    for key, threads in (("one", 1), ("all", len(cpus())))[: len(cpus())]:
         with threadpool_limits(threads):
             for name, timing in in_turn(stacks, threads, setting.rounds).items():
                 table.put(name, **{key: 2 * length / timing.clock / 1e3})
