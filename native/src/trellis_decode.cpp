@@ -152,22 +152,69 @@ void decode_two(Lanes<LANES>& a, Lanes<LANES>& b, uint64_t rounds, const WideKer
     decode_one(b, rounds, wide);
 }
 
+// Whether there is something left to do in a stream, with the next run of so many lanes if need be.
+template <unsigned LANES>
+bool under_way(std::optional<Stream<LANES>>& stream, Decoding* decodings, size_t n, size_t& next) {
+    while (!stream || !stream->ready()) {
+        stream.reset();
+        while (next < n && (decodings[next].wrong || decodings[next].run.lanes != LANES)) ++next;
+        if (next == n) return false;
+        stream.emplace(decodings[next++]);
+    }
+    return true;
+}
+
+// Runs that are decoded together by one kernel; of fewer, two at a time are quicker.
+constexpr unsigned FEWEST_RUNS = 5;
+
+// Runs of one lane while there are many, from `next` on. What is under way at the end is left in
+// `streams`.
+void decode_together(Decoding* decodings, size_t n, size_t& next, std::optional<Stream<1>> (&streams)[MOST_RUNS],
+                     const WideKernels& wide) {
+    for (;;) {
+        Stream<1>* running[MOST_RUNS];
+        Lanes<1>* lanes[MOST_RUNS];
+        unsigned count = 0;
+        uint64_t rounds = UINT64_MAX;
+        for (auto& stream : streams) {
+            if (!under_way(stream, decodings, n, next)) continue;
+            lanes[count] = running[count] = &*stream;
+            ++count;
+            rounds = std::min(rounds, stream->rounds());
+        }
+        if (count < FEWEST_RUNS) return;
+        if (rounds > 0) wide.runs(lanes, count, rounds);
+        for (unsigned i = 0; i < count; ++i) {
+            if (rounds > 0) {
+                running[i]->took(rounds);
+            } else if (running[i]->rounds() == 0) {
+                running[i]->step();
+            }
+        }
+    }
+}
+
 // All runs of so many lanes, two under way at any time: a value waits for the one before it in its
 // lane, so one run alone leaves the processor idle half of the time.
 template <unsigned LANES>
 void decode_all(Decoding* decodings, size_t n, const WideKernels* wide) {
-    std::optional<Stream<LANES>> streams[2];
-    size_t next = 0;
-    auto refill = [&](std::optional<Stream<LANES>>& stream) {
-        while (!stream || !stream->ready()) {
-            stream.reset();
-            while (next < n && (decodings[next].wrong || decodings[next].run.lanes != LANES)) ++next;
-            if (next == n) return;
-            stream.emplace(decodings[next++]);
-        }
-    };
+    std::optional<Stream<LANES>> streams[2], left[LANES == 1 ? MOST_RUNS : 1];
+    size_t next = 0, n_left = 0;
+    if constexpr (LANES == 1) {
+        if (wide && wide->runs) decode_together(decodings, n, next, left, *wide);
+        n_left = MOST_RUNS;
+    }
     for (;;) {
-        for (auto& stream : streams) refill(stream);
+        for (auto& stream : streams) {
+            while (n_left > 0 && (!stream || !stream->ready())) {
+                stream.reset();
+                if (auto& held = left[--n_left]) {
+                    stream.emplace(std::move(*held));
+                    held.reset();
+                }
+            }
+            under_way(stream, decodings, n, next);
+        }
         auto &a = streams[0], &b = streams[1];
         if (!a && !b) return;
         if (a && b) {

@@ -200,7 +200,8 @@ std::vector<WideKernels> neon_kernels() {
 #if RMM_NEON
     return {{"neon",
              {one_neon<false>, one_neon<true>},
-             {{two_neon<false, false>, two_neon<false, true>}, {two_neon<true, false>, two_neon<true, true>}}}};
+             {{two_neon<false, false>, two_neon<false, true>}, {two_neon<true, false>, two_neon<true, true>}},
+             nullptr}};
 #else
     return {};
 #endif

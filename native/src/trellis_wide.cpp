@@ -270,19 +270,203 @@ RMM_AVX2 void two_256(WideLanes& first, WideLanes& second, uint64_t rounds) {
     finish(b);
 }
 
+// --- AVX2: eight runs of one lane, a lane of the vectors for each ---
+
+// The table's last slot is the escape's, whose frequency is one.
+constexpr uint32_t ESCAPE_SLOT = LOW_BITS;
+
+struct Runs256 {
+    Lanes<1>* run[MOST_RUNS];
+    __m256i x, s, all;
+    __m256i next[2], table[2];  // addresses
+    __m256i raw_bits, raw_mask;
+    __m256 step;
+};
+
+RMM_AVX2 RMM_INLINE __m256i addresses(const void* a, const void* b, const void* c, const void* d) {
+    auto number = [](const void* at) { return static_cast<long long>(reinterpret_cast<uintptr_t>(at)); };
+    return _mm256_setr_epi64x(number(a), number(b), number(c), number(d));
+}
+
+RMM_AVX2 RMM_INLINE __m256i gather(const __m256i (&at)[2]) {
+    const int* const nowhere = nullptr;  // addresses are whole
+    return _mm256_setr_m128i(_mm256_i64gather_epi32(nowhere, at[0], 1), _mm256_i64gather_epi32(nowhere, at[1], 1));
+}
+
+RMM_AVX2 RMM_INLINE void advance(__m256i (&at)[2], const __m256i (&from)[2], __m256i n_bytes) {
+    at[0] = _mm256_add_epi64(from[0], _mm256_cvtepu32_epi64(_mm256_castsi256_si128(n_bytes)));
+    at[1] = _mm256_add_epi64(from[1], _mm256_cvtepu32_epi64(_mm256_extracti128_si256(n_bytes, 1)));
+}
+
+RMM_AVX2 RMM_INLINE void take(Runs256& at) {
+    alignas(32) uint32_t x[MOST_RUNS], s[MOST_RUNS];
+    for (unsigned l = 0; l < MOST_RUNS; ++l) {
+        x[l] = at.run[l]->x[0];
+        s[l] = at.run[l]->s[0];
+    }
+    at.x = _mm256_load_si256(reinterpret_cast<const __m256i*>(x));
+    at.s = _mm256_load_si256(reinterpret_cast<const __m256i*>(s));
+    for (unsigned half = 0; half < 2; ++half) {
+        Lanes<1>* const* run = at.run + 4 * half;
+        at.next[half] = addresses(run[0]->words.next, run[1]->words.next, run[2]->words.next, run[3]->words.next);
+    }
+}
+
+RMM_AVX2 RMM_INLINE void put_back(const Runs256& at) {
+    alignas(32) uint32_t x[MOST_RUNS], s[MOST_RUNS];
+    alignas(32) uint64_t next[MOST_RUNS];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(x), at.x);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(s), at.s);
+    for (unsigned half = 0; half < 2; ++half) _mm256_store_si256(reinterpret_cast<__m256i*>(next) + half, at.next[half]);
+    for (unsigned l = 0; l < MOST_RUNS; ++l) {
+        at.run[l]->x[0] = x[l];
+        at.run[l]->s[0] = s[l];
+        at.run[l]->words.next = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(next[l]));
+    }
+}
+
+// Does a round at once, or tells that a lane has an escape.
+template <bool RAW>
+RMM_AVX2 RMM_INLINE bool round_of_runs(Runs256& at, __m256& values) {
+    const __m256i low_bits = _mm256_set1_epi32(LOW_BITS), zero = _mm256_setzero_si256();
+    const __m256i one = _mm256_set1_epi32(1), word_mask = _mm256_set1_epi32(0xFFFF), two = _mm256_set1_epi32(2);
+    __m256i x = at.x, s = at.s;
+    const __m256i index = _mm256_and_si256(x, low_bits);
+    if (mask_of(_mm256_cmpeq_epi32(index, _mm256_set1_epi32(ESCAPE_SLOT)))) return false;
+    __m256i from[2];
+    advance(from, at.table, _mm256_slli_epi32(index, 2));
+    const __m256i pair = gather(at.next), slot = gather(from);
+    __m256i j = _mm256_srli_epi32(slot, 24);
+    x = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(slot, TABLE_BITS), low_bits),
+                                            _mm256_srli_epi32(x, TABLE_BITS)),
+                         _mm256_and_si256(slot, low_bits));
+    const __m256i top = _mm256_srli_epi32(x, 16), low = _mm256_cmpeq_epi32(top, zero);
+    __m256i n_bytes = _mm256_and_si256(low, two);
+    const __m256i first = _mm256_and_si256(pair, word_mask);
+    const __m256i known = x;
+    x = _mm256_blendv_epi8(x, _mm256_or_si256(_mm256_slli_epi32(x, 16), first), low);
+    if (RAW) {
+        const __m256i again = _mm256_cmpgt_epi32(_mm256_add_epi32(at.raw_mask, one), _mm256_blendv_epi8(top, known, low));
+        n_bytes = _mm256_add_epi32(n_bytes, _mm256_and_si256(again, two));
+        j = _mm256_or_si256(_mm256_sllv_epi32(j, at.raw_bits), _mm256_and_si256(x, at.raw_mask));
+        x = _mm256_srlv_epi32(x, at.raw_bits);
+        const __m256i second = _mm256_blendv_epi8(first, _mm256_srli_epi32(pair, 16), low);
+        x = _mm256_blendv_epi8(x, _mm256_or_si256(_mm256_slli_epi32(x, 16), second), again);
+        at.all = _mm256_or_si256(at.all, j);
+    }
+    advance(at.next, at.next, n_bytes);
+    const __m256i odd = _mm256_add_epi32(_mm256_add_epi32(j, j), one);
+    const __m256 size = _mm256_mul_ps(_mm256_cvtepi32_ps(odd), at.step);
+    values = _mm256_xor_ps(size, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_xor_si256(s, j), 31)));
+    const __m256i is_odd = _mm256_sub_epi32(zero, _mm256_and_si256(s, one));
+    const __m256i is_in = _mm256_srai_epi32(_mm256_slli_epi32(_mm256_add_epi32(j, one), 30), 31);
+    at.s = _mm256_xor_si256(_mm256_srli_epi32(s, 1), _mm256_xor_si256(_mm256_and_si256(is_odd, _mm256_set1_epi32(FEEDBACK)),
+                                                                      _mm256_and_si256(is_in, _mm256_set1_epi32(INPUT))));
+    at.x = x;
+    return true;
+}
+
+// Eight values of each lane, which lie one lane behind the other, to their rows.
+RMM_AVX2 RMM_INLINE void store_eight(const float* values, Lanes<1>* const* lanes, unsigned n) {
+    __m256 v[8], pairs[8], fours[8];
+    for (unsigned i = 0; i < 8; ++i) v[i] = _mm256_load_ps(values + 8 * i);
+    for (unsigned i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (unsigned i = 0; i < 8; i += 4) {
+        for (unsigned odd = 0; odd < 2; ++odd) {
+            fours[i + 2 * odd] = _mm256_shuffle_ps(pairs[i + odd], pairs[i + 2 + odd], 0x44);
+            fours[i + 2 * odd + 1] = _mm256_shuffle_ps(pairs[i + odd], pairs[i + 2 + odd], 0xEE);
+        }
+    }
+    alignas(32) float of[8][8];
+    for (unsigned lane = 0; lane < 4; ++lane) {
+        _mm256_store_ps(of[lane], _mm256_permute2f128_ps(fours[lane], fours[lane + 4], 0x20));
+        _mm256_store_ps(of[lane + 4], _mm256_permute2f128_ps(fours[lane], fours[lane + 4], 0x31));
+    }
+    for (unsigned lane = 0; lane < n; ++lane) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(lanes[lane]->out), _mm256_load_ps(of[lane]));
+        lanes[lane]->out += 8;
+    }
+}
+
+template <bool RAW>
+RMM_AVX2 void runs_256_of(Lanes<1>* const* lanes, unsigned n, uint64_t rounds) {
+    // Lanes that are left over do what the first one does.
+    Lanes<1> copies[MOST_RUNS];
+    Runs256 at;
+    alignas(32) uint32_t raw_bits[MOST_RUNS], raw_mask[MOST_RUNS];
+    alignas(32) float step[MOST_RUNS];
+    const uint32_t* slot[MOST_RUNS];
+    for (unsigned l = 0; l < MOST_RUNS; ++l) {
+        if (l >= n) copies[l] = *lanes[0];
+        at.run[l] = l < n ? lanes[l] : &copies[l];
+        const RowCode& row = at.run[l]->row;
+        raw_bits[l] = row.raw_bits;
+        raw_mask[l] = (1u << row.raw_bits) - 1;
+        step[l] = row.step;
+        slot[l] = row.slot;
+    }
+    at.table[0] = addresses(slot[0], slot[1], slot[2], slot[3]);
+    at.table[1] = addresses(slot[4], slot[5], slot[6], slot[7]);
+    at.raw_bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(raw_bits));
+    at.raw_mask = _mm256_load_si256(reinterpret_cast<const __m256i*>(raw_mask));
+    at.step = _mm256_load_ps(step);
+    at.all = _mm256_setzero_si256();
+    take(at);
+    alignas(32) float values[8 * MOST_RUNS];
+    unsigned held = 0;
+    for (; rounds > 0; --rounds) {
+        __m256 now;
+        if (round_of_runs<RAW>(at, now)) {
+            _mm256_store_ps(values + 8 * held, now);
+        } else {
+            put_back(at);
+            for (unsigned l = 0; l < MOST_RUNS; ++l) {
+                f32u value;
+                Lanes<1>& lane = *at.run[l];
+                decode_value<RAW, Refill::SHIFT>(lane.row, lane.x[0], lane.s[0], lane.words, lane.seen, value);
+                values[8 * held + l] = value;
+            }
+            take(at);
+        }
+        if (++held == 8) {
+            store_eight(values, lanes, n);
+            held = 0;
+        }
+    }
+    for (unsigned i = 0; i < held; ++i) {
+        for (unsigned l = 0; l < n; ++l) *lanes[l]->out++ = values[8 * i + l];
+    }
+    put_back(at);
+    if (!RAW) return;
+    alignas(32) uint32_t seen[MOST_RUNS];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(seen), at.all);
+    for (unsigned l = 0; l < n; ++l) lanes[l]->seen |= seen[l];
+}
+
+void runs_256(Lanes<1>* const* lanes, unsigned n, uint64_t rounds) {
+    bool raw = false;
+    for (unsigned l = 0; l < n; ++l) raw = raw || lanes[l]->raw();
+    raw ? runs_256_of<true>(lanes, n, rounds) : runs_256_of<false>(lanes, n, rounds);
+}
+
 std::vector<WideKernels> supported() {
     std::vector<WideKernels> found;
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) {
         found.push_back({"avx2",
                          {one_256<false>, one_256<true>},
-                         {{two_256<false, false>, two_256<false, true>}, {two_256<true, false>, two_256<true, true>}}});
+                         {{two_256<false, false>, two_256<false, true>}, {two_256<true, false>, two_256<true, true>}},
+                         runs_256});
     }
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt")) {
         found.push_back({"avx512vbmi2",
                          {one_512<false>, one_512<true>},
-                         {{two_512<false, false>, two_512<false, true>}, {two_512<true, false>, two_512<true, true>}}});
+                         {{two_512<false, false>, two_512<false, true>}, {two_512<true, false>, two_512<true, true>}},
+                         runs_256});
     }
     return found;
 }

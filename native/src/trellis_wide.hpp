@@ -1,4 +1,4 @@
-// Decoding of runs of sixteen lanes, all lanes at once.
+// Decoding of runs of sixteen lanes, all lanes at once, and of runs of one lane, several at once.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,10 @@ struct WideKernels {
     const char* name;  // of the instructions that they need
     void (*one[2])(WideLanes& lanes, uint64_t rounds);                  // by whether the row has raw bits
     void (*two[2][2])(WideLanes& a, WideLanes& b, uint64_t rounds);
+    // Runs of one lane, `n` ≤ MOST_RUNS of them, each at its own place in a row of its own; or null.
+    void (*runs)(Lanes<1>* const* lanes, unsigned n, uint64_t rounds);
 };
+constexpr unsigned MOST_RUNS = 8;
 
 // A round with an escape, of which there is one in hundreds.
 template <bool RAW>

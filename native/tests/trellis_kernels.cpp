@@ -42,6 +42,37 @@ Outcome outcome(const std::vector<uint8_t>& run, uint64_t k, uint64_t n, const W
     return {values.back(), wrong ? wrong : ""};
 }
 
+// A run, sound or not, and what becomes of it alone.
+struct Kept {
+    std::vector<uint8_t> bytes;
+    uint64_t k, n;
+    Outcome expected;
+};
+
+// Different runs, some damaged, together: each as it is alone.
+bool same_together(const std::vector<Kept>& kept, size_t first, size_t together, const WideKernels* kernels) {
+    std::vector<std::unique_ptr<uint8_t[]>> bytes;
+    std::vector<std::vector<float>> values(together);
+    std::vector<Decoding> decodings(together);
+    for (size_t i = 0; i < together; ++i) {
+        const Kept& run = kept[(first + i) % kept.size()];
+        bytes.emplace_back(new uint8_t[run.bytes.size()]);
+        std::memcpy(bytes[i].get(), run.bytes.data(), run.bytes.size());
+        values[i].resize(run.k * run.n);
+        decodings[i].wrong = parse(bytes[i].get(), run.bytes.size(), run.k, run.n, decodings[i].run);
+        decodings[i].target = [&values, &run, i](uint64_t row) { return values[i].data() + row * run.n; };
+    }
+    decode(decodings.data(), together, kernels);
+    for (size_t i = 0; i < together; ++i) {
+        const Outcome found = {values[i], decodings[i].wrong ? decodings[i].wrong : ""};
+        if (found == kept[(first + i) % kept.size()].expected) continue;
+        std::printf("%zu different runs from %zu on, %s: run %zu differs\n", together, first,
+                    kernels ? kernels->name : "portable", i);
+        return false;
+    }
+    return true;
+}
+
 bool same_paths(std::mt19937& random, uint64_t n, uint32_t lanes) {
     std::normal_distribution<float> normal;
     std::vector<float> values(3 * n);
@@ -79,6 +110,7 @@ int main(int argc, char** argv) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     long n_decoded = 0, n_refused = 0;
+    std::vector<Kept> kept;
     for (uint64_t n : {1, 7, 254, 255, 256, 700, 2050}) {
         for (uint32_t lanes : {1u, 4u, MAX_LANES}) {
             if (!same_paths(random, n, lanes)) return 5;
@@ -91,7 +123,7 @@ int main(int argc, char** argv) {
         std::vector<float> rows(k * n), decoded(k * n);
         for (float& value : rows) value = normal(random);
         for (uint64_t i = 0; i < n; i += 97) rows[i] = 500 * step;  // escapes
-        std::vector<uint8_t> tables(k, 20), run;
+        std::vector<uint8_t> tables(k, static_cast<uint8_t>(20 + trial % 4 * 9)), run;
         std::vector<float> lambdas(k, 1.6f);
         uint32_t bits;
         std::memcpy(&bits, &step, 4);
@@ -110,16 +142,26 @@ int main(int argc, char** argv) {
             const Outcome expected = outcome(bytes, k, n, nullptr, 1);
             if (damage == 0 && !(expected == Outcome{decoded, ""})) return 3;
             n_refused += !expected.wrong.empty();
+            if (damage < 5) kept.push_back({bytes, k, n, expected});
             std::vector<const WideKernels*> ways = {nullptr};
             for (const WideKernels& wide : wide_kernels()) ways.push_back(&wide);
             for (const WideKernels* way : ways) {
-                for (size_t together = 1; together <= 3; ++together, ++n_decoded) {
+                for (size_t together = 1; together <= 11; together += together < 3 ? 1 : 4, ++n_decoded) {
                     if (outcome(bytes, k, n, way, together) == expected) continue;
                     std::printf("trial %d, damage %u, %s, %zu at once: differs\n", trial, damage,
                                 way ? way->name : "portable", together);
                     return 1;
                 }
             }
+        }
+    }
+    for (size_t first = 0; first < kept.size(); first += 3) {
+        for (size_t together : {6, 9, 24, 40}) {
+            if (!same_together(kept, first, together, nullptr)) return 6;
+            for (const WideKernels& wide : wide_kernels()) {
+                if (!same_together(kept, first, together, &wide)) return 6;
+            }
+            n_decoded += static_cast<long>(together * (1 + wide_kernels().size()));
         }
     }
     std::string names = "portable";
