@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 #: Different files; further adapters are links to them.
 DISTINCT = 50
-CONSOLE = Console()
+CONSOLE = Console(width=120)
 
 
 def make_adapters(folder: Path, n: int, targets: Shapes, rank: int, dtype: Any) -> None:

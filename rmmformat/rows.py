@@ -149,7 +149,9 @@ def exact_rows(rows: npt.NDArray[np.generic]) -> EncodedArray:
 
 
 def _narrowest(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    if rows.dtype != np.float32 or not np.isfinite(rows).all():
+    if rows.dtype != np.float32 or (len(rows) > 1 and _narrowest(rows[:1]).dtype == np.float32):
+        return rows  # the first row alone tells of nearly all that cannot be narrower
+    if not np.isfinite(rows).all():
         return rows
     if not (rows.view(np.uint32) & 0xFFFF).any():
         return rows.astype(layout.DTYPES[layout.FACTOR_DTYPES["bf16"]])

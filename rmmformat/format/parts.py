@@ -92,16 +92,18 @@ def check_name(name: str, what: str) -> None:
 
 def pack(arrays: tuple[EncodedArray | None, ...]) -> bytes:
     """Bytes of an entry or a frame: its arrays in order, large runs aligned (section 7.2)."""
-    out = bytearray()
+    parts: list[bytes] = []
+    length = 0
     for array in arrays:
         if array is None:
             continue
         for (code, _), run in zip(array.layout, array.runs, strict=True):
-            fixed = ENCODINGS[code].row_bytes is not None
-            if fixed:
-                out += bytes(-len(out) % layout.alignment(len(run), 1))
-            out += run
-    return bytes(out)
+            if ENCODINGS[code].row_bytes is not None:
+                parts.append(bytes(-length % layout.alignment(len(run), 1)))
+                length += len(parts[-1])
+            parts.append(run)
+            length += len(run)
+    return b"".join(parts)
 
 
 def catalog_part(part: FramePart | None) -> Part | None:
