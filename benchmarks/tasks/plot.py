@@ -108,7 +108,7 @@ def panel(axes: Any, found: Mapping[str, Any], title: str) -> None:
                           textcoords="offset points", color=QUIET)  # fmt: skip
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xscale("log")
-    axes.set_xlim(0.35, 190)
+    axes.set_xlim(0.38, 270)
     ticks = (0.5, 1, 1.5, 3, 6, 12, 25, 50, 100)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
