@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,7 +24,19 @@ from rmmformat.mapped import release
 from rmmformat.merge.error import error_of_grams, row_gram
 from rmmformat.merge.gauge import align as align_factors
 from rmmformat.model import Array, Factors
-from rmmformat.planned import ErrorPlan, SizePlan, code_to_error, code_to_size, plan_size, survey
+from rmmformat.planned import (
+    GAIN_ROUNDS,
+    ErrorPlan,
+    Gains,
+    SizePlan,
+    code_to_error,
+    code_to_size,
+    foresee,
+    halfway,
+    plan_size,
+    shares,
+    survey,
+)
 from rmmformat.published import Align, Published, code_published
 from rmmformat.rows import (
     CodedTarget,
@@ -66,6 +79,11 @@ class Targets(Protocol):
 
     def map(self, function: Callable[[Sequence[Factors]], Any]) -> Iterable[tuple[Hashable, Any]]:
         """Apply a pure function to every target's factors; results come in any order."""
+
+    def map_each(
+        self, function_of: Callable[[Any], Callable[[Sequence[Factors]], Any]]
+    ) -> Iterable[tuple[Hashable, Any]]:
+        """Apply to every target's factors the function that is given for its key."""
 
 
 class _Uniform:
@@ -123,7 +141,7 @@ class Size:
         return {"name": "planned", "size": self.size}
 
     def prepare(self, targets: Targets) -> Callable[[Hashable], Job]:
-        """Survey all targets, and share the budget out among them.
+        """Survey all targets, and share the budget out among them, in view of what sharing saves.
 
         Raises
         ------
@@ -132,7 +150,21 @@ class Size:
         """
         found = dict(targets.map(survey))
         ordered = [(key, found[key]) for key in targets.keys]
-        return plan_size(ordered, self.size * targets.original_bytes).__getitem__
+        budget = self.size * targets.original_bytes
+        plans = plan_size(ordered, budget)
+        if all(len(rows) < 2 for _, rows in ordered):
+            return plans.__getitem__
+        gains = _gains(targets, plans)
+        # What sharing saves goes into finer steps, at which it saves another part.
+        for _ in range(GAIN_ROUNDS if shares(gains) else 0):
+            gains = halfway(gains, _gains(targets, plan_size(ordered, budget, gains)))
+        return plan_size(ordered, budget, gains).__getitem__
+
+
+def _gains(targets: Targets, plans: Mapping[Hashable, SizePlan]) -> dict[Hashable, Gains]:
+    """What sharing does at each target under its plan."""
+    found = targets.map_each(lambda key: functools.partial(foresee, [plans[key]]))
+    return {key: gains for key, (gains,) in found}
 
 
 Method = Published | Plain | Exact | MaxError | Size

@@ -355,7 +355,13 @@ class CollectionTargets:
 
     def map(self, function: Callable[[Sequence[Factors]], Any]) -> Iterator[tuple[Hashable, Any]]:
         """Apply a pure function to every target's factors; results come in any order."""
-        results = map_targets(lambda _key: function, self.by_target, self.executor)
+        return self.map_each(lambda _key: function)
+
+    def map_each(
+        self, function_of: Callable[[TargetKey], Callable[[Sequence[Factors]], Any]]
+    ) -> Iterator[tuple[Hashable, Any]]:
+        """Apply to every target's factors the function that is given for its key."""
+        results = map_targets(function_of, self.by_target, self.executor)
         for done, (key, result) in enumerate(results, 1):
             yield key, result
             if self.progress is not None:

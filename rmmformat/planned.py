@@ -17,32 +17,29 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rmmformat.deltas import (
-    Coded,
-    Delta,
-    exact,
-    finite,
-    fit_size,
-    plan_error,
-    search,
-    within_error,
-    within_range,
-)
+from rmmformat.clusters import Deltas, Shared, count, framed_within, once, share_at, share_within
+from rmmformat.deltas import Coded, exact, finite, fit_size, plan_error, within_error, within_range
 from rmmformat.errors import OptionError
 from rmmformat.format.writer import EntryData, FramePart
 from rmmformat.merge.gauge import delta_svd
-from rmmformat.merge.planner import Spectra, allocate, predict
+from rmmformat.merge.planner import Allocation, Spectra, allocate
 from rmmformat.model import Factors
 from rmmformat.rows import CodedTarget, dtype_codes
-from rmmformat.shared import Frame, FramedDelta, frames
+from rmmformat.shared import Frame, FramedDelta
 
 __all__ = [
+    "GAIN_ROUNDS",
     "ErrorPlan",
+    "Gains",
     "SizePlan",
     "Survey",
     "code_to_error",
     "code_to_size",
+    "divide",
+    "foresee",
+    "halfway",
     "plan_size",
+    "shares",
     "spectra_of",
     "survey",
 ]
@@ -50,12 +47,12 @@ __all__ = [
 F64 = npt.NDArray[np.float64]
 
 
+#: How often gains are looked at anew, for the steps that they led to.
+GAIN_ROUNDS = 3
 #: How often a frame is made anew for the steps that sharing allows.
 _ROUNDS = 3
 #: A further round is of use if it lowers the error to this part of it.
 _WORTH_A_ROUND = 0.99
-#: Most deltas of a target that a frame is made of.
-_SAMPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +74,38 @@ class SizePlan:
         Components coded.
     budget
         Bytes for all of them, which are not exceeded.
+    share
+        Whether to look for what they share.
     """
 
     steps: tuple[float, ...]
     counts: tuple[int, ...]
     budget: float
+    share: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Gains:
+    """What sharing does to each distinct delta of a target, estimated.
+
+    Attributes
+    ----------
+    rates
+        Bytes, a part of the frame's included, over those of the delta coded alone.
+    errors
+        Error over that of the delta coded alone, with the same step or to the same bound.
+    """
+
+    rates: tuple[float, ...]
+    errors: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Statistics of one distinct delta: what planning needs of it."""
+    """Statistics of one distinct delta: what planning needs of it.
+
+    The norm is that of the delta as applied; of several scales of equal factors, the largest one's.
+    """
 
     energy: F64
     n_in: int
@@ -94,6 +113,7 @@ class Survey:
     exact_bytes: int
     weight: int
     exact: bool
+    norm: float
 
 
 def survey(factors: Sequence[Factors]) -> list[Survey]:
@@ -101,11 +121,13 @@ def survey(factors: Sequence[Factors]) -> list[Survey]:
     found = []
     for members in _distinct(factors):
         original = factors[members[0]]
-        energy = np.zeros(1)
+        energy, norm = np.zeros(1), 0.0
         within = finite(original)
         if within:
             singular = delta_svd(original.A, original.B)[1]
-            within = within_range(float(np.linalg.norm(singular)))
+            norm = float(np.linalg.norm(singular))
+            within = within_range(norm)
+            norm *= max(abs(factors[member].scale) for member in members)
             energy = np.square(singular / max(float(singular.max(initial=0.0)), 1e-300))
         found.append(
             Survey(
@@ -115,13 +137,33 @@ def survey(factors: Sequence[Factors]) -> list[Survey]:
                 exact(original).n_bytes,
                 len(members),
                 not within,
+                norm,
             )
         )
     return found
 
 
-def spectra_of(surveys: Iterable[Survey]) -> Spectra:
-    """Put surveys of many deltas side by side."""
+def halfway(
+    before: Mapping[Hashable, Gains], after: Mapping[Hashable, Gains]
+) -> dict[Hashable, Gains]:
+    """Gains between those at some steps and those at the steps that they led to."""
+
+    def mean(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+        return tuple(np.sqrt(np.multiply(one, other)).tolist())
+
+    return {
+        key: Gains(mean(before[key].rates, found.rates), mean(before[key].errors, found.errors))
+        for key, found in after.items()
+    }
+
+
+def shares(gains: Mapping[Hashable, Gains]) -> bool:
+    """Whether sharing does anything at any target."""
+    return any(rate < 1 for found in gains.values() for rate in found.rates)
+
+
+def spectra_of(surveys: Iterable[Survey], rates: Sequence[float] | None = None) -> Spectra:
+    """Put surveys of many deltas side by side; `rates` are those of :class:`Gains`."""
     rows = list(surveys)
     return Spectra.collect(
         [row.energy for row in rows],
@@ -130,20 +172,35 @@ def spectra_of(surveys: Iterable[Survey]) -> Spectra:
         [row.exact_bytes for row in rows],
         [row.weight for row in rows],
         [row.exact for row in rows],
+        rates,
+        [row.norm for row in rows],
     )
 
 
 def plan_size(
-    surveys: Sequence[tuple[Hashable, list[Survey]]], budget: float
+    surveys: Sequence[tuple[Hashable, list[Survey]]],
+    budget: float,
+    gains: Mapping[Hashable, Gains] | None = None,
 ) -> dict[Hashable, SizePlan]:
     """Share a budget of bytes among the deltas of all targets.
+
+    Parameters
+    ----------
+    surveys
+        Of each target, in the order of the file.
+    budget
+        Bytes.
+    gains
+        What sharing does at about these steps (:func:`foresee`), where that is known: then a target
+        where it makes bytes cheap gets fewer of them and finer steps, and the others get the rest.
 
     Raises
     ------
     OptionError
         There is no room for anything.
     """
-    spectra = spectra_of(row for _, rows in surveys for row in rows)
+    rates = None if gains is None else [r for key, _ in surveys for r in gains[key].rates]
+    spectra = spectra_of((row for _, rows in surveys for row in rows), rates)
     fixed = float(spectra.exact_bytes[spectra.exact].sum())
     found = allocate(spectra, budget)
     nothing = not found.counts.any() and not (found.steps == 0).any()
@@ -155,10 +212,21 @@ def plan_size(
             f"where {budget:.0f} are allowed",
             hint="Allow a larger size; `rmm plan` shows what is possible.",
         )
-    plans: dict[Hashable, SizePlan] = {}
-    first = 0
     # What prediction leaves over is given out in proportion, so that targets can use it.
     spare = min(budget / max(float(found.n_bytes.sum()), 1.0), 1.05)
+    return divide(surveys, found, spare, share=gains is None or shares(gains))
+
+
+def divide(
+    surveys: Sequence[tuple[Hashable, list[Survey]]],
+    found: Allocation,
+    spare: float = 1.0,
+    *,
+    share: bool = True,
+) -> dict[Hashable, SizePlan]:
+    """Give each target its part; budgets are the foreseen bytes times `spare`."""
+    plans: dict[Hashable, SizePlan] = {}
+    first = 0
     for key, rows in surveys:
         part = slice(first, first + len(rows))
         first += len(rows)
@@ -166,33 +234,39 @@ def plan_size(
             tuple(found.steps[part].tolist()),
             tuple(found.counts[part].tolist()),
             float(found.n_bytes[part].sum()) * spare,
+            share,
         )
     return plans
 
 
 def code_to_error(plan: ErrorPlan, factors: Sequence[Factors]) -> CodedTarget:
     """Code every delta of a target within an error: the bound is checked on decoded values."""
-    groups = _distinct(factors)
-    originals = [factors[members[0]] for members in groups]
-    coded = [within_error(original, plan.max_error) for original in originals]
-    plans = {}
-    for number in _candidates(groups, originals):
-        step, count = plan_error(Delta(originals[number]), plan.max_error)
-        if step > 0:
-            plans[number] = (step, count)
-    sample = {number: Delta(originals[number]) for number in _sample(list(plans))}
-    steps = {number: plans[number][0] for number in sample}
-    best, shared = coded, None
-    for frame in _frames(sample, steps, len(plans)):
-        trial = list(coded)
-        for number, planned in plans.items():
-            delta = sample[number] if number in sample else Delta(originals[number])
-            found = search(FramedDelta(delta, frame), plan.max_error, *planned)
-            if found.error <= plan.max_error and found.n_bytes < coded[number].n_bytes:
-                trial[number] = found
-        if _total(trial, frame) < _total(best, shared):
-            best, shared = trial, frame
-    return _assemble(factors, groups, best, shared)
+    groups, originals, deltas = _opened(factors)
+    bound = plan.max_error
+    coded = [within_error(original, bound) for original in originals]
+    plans = _error_plans(bound, deltas, _candidates(groups, originals))
+    shared = share_within(deltas, plans, bound, dict(enumerate(coded)))
+    found: dict[int, Coded] = {}
+    for number, frame in shared.frames.items():
+        framed = shared.tried.get(number)
+        if framed is None:
+            framed = framed_within(deltas[number], frame, plans[number], bound)
+        if framed.error <= bound and framed.n_bytes < coded[number].n_bytes:
+            found[number] = framed
+    for frame in once(shared.frames.values()):
+        members = [number for number in found if shared.frames[number] is frame]
+        if sum(coded[n].n_bytes - found[n].n_bytes for n in members) > frame.n_bytes:
+            for number in members:
+                coded[number] = found[number]
+    return _assemble(factors, groups, coded, shared.frames)
+
+
+def _error_plans(
+    bound: float, deltas: Deltas, members: Sequence[int]
+) -> dict[int, tuple[float, int]]:
+    """Step and components of those that coding, not storing exactly, is cheaper for."""
+    plans = {number: plan_error(deltas[number], bound) for number in members}
+    return {number: planned for number, planned in plans.items() if planned[0] > 0}
 
 
 def code_to_size(plan: SizePlan, factors: Sequence[Factors]) -> CodedTarget:
@@ -201,72 +275,84 @@ def code_to_size(plan: SizePlan, factors: Sequence[Factors]) -> CodedTarget:
     All steps of the target are scaled by one factor until the bytes are just below the budget, so
     that the plan's proportions stay.
     """
-    groups = _distinct(factors)
-    originals = [factors[members[0]] for members in groups]
-    steps = dict(enumerate(plan.steps))
-    fixed = {number: exact(originals[number]) for number, step in steps.items() if step == 0}
-    deltas = {number: Delta(originals[number]) for number in steps if number not in fixed}
+    groups, originals, deltas = _opened(factors)
+    steps = {number: step for number, step in enumerate(plan.steps) if step > 0}
+    fixed = {n: exact(o) for n, o in enumerate(originals) if n not in steps}
     budget = plan.budget - sum(coded.n_bytes for coded in fixed.values())
 
-    def attempt(factor: float) -> list[Coded]:
-        return [
-            delta.code(steps[number] * factor, plan.counts[number])
-            for number, delta in deltas.items()
-        ]
+    def alone(factor: float) -> list[Coded]:
+        return [deltas[n].code(step * factor, plan.counts[n]) for n, step in steps.items()]
 
     values = sum(
-        count * (o.A.shape[1] + o.B.shape[0])
-        for o, count in zip(originals, plan.counts, strict=True)
+        n * (o.A.shape[1] + o.B.shape[0]) for o, n in zip(originals, plan.counts, strict=True)
     )
-    best = fit_size(attempt, budget, values / 8)[0] if values else attempt(1.0)
-    shared, factor = None, 1.0
-    members = [n for n in _candidates(groups, originals) if n in deltas and deltas[n].norm > 0]
-    # What is saved goes into finer steps, for which another frame may be the best.
-    for _ in range(_ROUNDS if values else 0):
-        sample = {n: deltas[n] for n in _sample(members)}
-        tried = _frames(sample, {n: steps[n] * factor for n in sample}, len(members))
-        results = [(*_fit_frame(f, deltas, members, steps, budget, factor), f) for f in tried]
-        bound = _sum_error(best) * (1.0 if shared is None else _WORTH_A_ROUND)
-        results = [result for result in results if _sum_error(result[0]) < bound]
-        if not results:
+    best = fit_size(alone, budget, values / 8)[0] if values else alone(1.0)
+    frames: Mapping[int, Frame] = {}
+    factor = 1.0
+    members = [n for n in _candidates(groups, originals) if n in steps]
+    # What is saved goes into finer steps, for which other frames may be the best.
+    for _ in range(_ROUNDS if values and plan.share else 0):
+        shared = share_at(deltas, members, {n: steps[n] * factor for n in members})
+        if not shared.frames:
             break
-        best, factor, shared = min(results, key=lambda result: _sum_error(result[0]))
-    found = {**fixed, **dict(zip(deltas, best, strict=True))}
-    return _assemble(factors, groups, [found[n] for n in range(len(groups))], shared)
+        trial, times = _fit_shared(shared, deltas, steps, budget, factor)
+        if _sum_error(trial) >= _sum_error(best) * (_WORTH_A_ROUND if frames else 1.0):
+            break
+        best, factor, frames = trial, factor * times, shared.frames
+    found = {**fixed, **dict(zip(steps, best, strict=True))}
+    return _assemble(factors, groups, [found[n] for n in range(len(groups))], frames)
 
 
-def _fit_frame(
-    frame: Frame,
-    deltas: Mapping[int, Delta],
-    members: Sequence[int],
-    steps: Mapping[int, float],
-    budget: float,
-    factor: float,
+def _fit_shared(
+    shared: Shared, deltas: Deltas, steps: Mapping[int, float], budget: float, factor: float
 ) -> tuple[list[Coded], float]:
-    """Finest coding with a frame that fits, and the factor of the steps that it took."""
-    framed = {number: FramedDelta(deltas[number], frame) for number in members}
+    """Finest coding with frames that fits, and what the steps were multiplied by for it."""
 
     def attempt(times: float) -> list[Coded]:
         coded = []
-        for number, delta in deltas.items():
-            step = steps[number] * factor * times
-            coded.append(framed.get(number, delta).code(step, _count(delta, step)))
+        for number, planned in steps.items():
+            delta, step = deltas[number], planned * factor * times
+            n_components = count(delta, step)
+            if number in shared.frames:
+                delta = FramedDelta(delta, shared.frames[number])
+            coded.append(delta.code(step, n_components))
         return coded
 
-    values = sum(
-        _count(delta, steps[number] * factor) * (delta.V.shape[1] + delta.U.shape[0])
-        for number, delta in deltas.items()
-    )
-    best, times = fit_size(attempt, budget - frame.n_bytes, max(values, 1) / 8)
-    return best, factor * times
+    values = 0
+    for number, step in steps.items():
+        delta = deltas[number]
+        values += count(delta, step * factor) * (delta.V.shape[1] + delta.U.shape[0])
+    return fit_size(attempt, budget - shared.n_bytes, max(values, 1) / 8)
 
 
-def _count(delta: Delta, step: float) -> int:
-    """Components worth coding at a step."""
-    if not np.isfinite(step):
-        return 0
-    spectra = Spectra.collect([delta.energy], [delta.V.shape[1]], [delta.U.shape[0]], [2**60])
-    return int(predict(spectra, np.array([step])).counts[0])
+def foresee(plans: Sequence[ErrorPlan | SizePlan], factors: Sequence[Factors]) -> list[Gains]:
+    """Estimate what sharing does to each distinct delta of a target, under each of many plans."""
+    groups, originals, deltas = _opened(factors)
+    candidates = _candidates(groups, originals)
+    found = []
+    for plan in plans:
+        if isinstance(plan, ErrorPlan):
+            errors = _error_plans(plan.max_error, deltas, candidates)
+            shared = share_within(deltas, errors, plan.max_error)
+        else:
+            steps = {number: plan.steps[number] for number in candidates if plan.steps[number] > 0}
+            shared = share_at(deltas, list(steps), steps)
+        found.append(
+            Gains(
+                tuple(shared.rates.get(number, 1.0) for number in range(len(groups))),
+                tuple(shared.errors.get(number, 1.0) for number in range(len(groups))),
+            )
+        )
+    return found
+
+
+def _opened(
+    factors: Sequence[Factors],
+) -> tuple[list[list[int]], list[Factors], Deltas]:
+    """Tasks grouped by equal deltas, one original of each, and their decompositions."""
+    groups = _distinct(factors)
+    originals = [factors[members[0]] for members in groups]
+    return groups, originals, Deltas(originals)
 
 
 def _candidates(groups: Sequence[Sequence[int]], originals: Sequence[Factors]) -> list[int]:
@@ -278,22 +364,6 @@ def _candidates(groups: Sequence[Sequence[int]], originals: Sequence[Factors]) -
             if norm > 0 and within_range(norm):
                 found.append(number)
     return found
-
-
-def _sample(numbers: Sequence[int]) -> list[int]:
-    """Those that a frame is made of: evenly spread, and bounded whatever their number."""
-    places = np.linspace(0, len(numbers) - 1, min(len(numbers), _SAMPLE)).round().astype(int)
-    return [numbers[place] for place in places]
-
-
-def _frames(sample: Mapping[int, Delta], steps: Mapping[int, float], tasks: int) -> list[Frame]:
-    if tasks < 2:
-        return []
-    return frames(list(sample.values()), [steps[number] for number in sample], tasks)
-
-
-def _total(coded: Sequence[Coded], frame: Frame | None) -> int:
-    return sum(item.n_bytes for item in coded) + (0 if frame is None else frame.n_bytes)
 
 
 def _sum_error(coded: Sequence[Coded]) -> float:
@@ -317,15 +387,15 @@ def _assemble(
     factors: Sequence[Factors],
     groups: Sequence[Sequence[int]],
     coded: Sequence[Coded],
-    shared: Frame | None,
+    shared: Mapping[int, Frame],
 ) -> CodedTarget:
     """Entries of all tasks; what several have becomes the mean of a frame of theirs."""
-    frames: list[tuple[FramePart | None, FramePart | None]] = []
-    if shared is not None:
-        frames.append(shared.parts)
+    used = once(shared[number] for number, item in enumerate(coded) if item.framed)
+    clusters = {id(frame): place for place, frame in enumerate(used, 1)}
+    frames = [frame.parts for frame in used]
     entries: dict[int, EntryData] = {}
-    for members, item in zip(groups, coded, strict=True):
-        cluster, own = int(item.framed), (item.a, item.b)
+    for number, (members, item) in enumerate(zip(groups, coded, strict=True)):
+        cluster, own = (clusters[id(shared[number])] if item.framed else 0), (item.a, item.b)
         residual_a, residual_b = own
         first = factors[members[0]]
         if len(members) > 1 and item.n_bytes:
@@ -336,16 +406,16 @@ def _assemble(
             ]
             frames.append((parts[0], parts[1]))
             cluster, residual_a, residual_b = len(frames), None, None
-        for number in members:
-            entries[number] = EntryData(
-                factors[number].scale,
+        for task in members:
+            entries[task] = EntryData(
+                factors[task].scale,
                 first.rank,
                 cluster,
                 item.coefficients_a,
                 residual_a,
                 item.coefficients_b,
                 residual_b,
-                *dtype_codes(factors[number]),
+                *dtype_codes(factors[task]),
                 error=item.error,
             )
-    return CodedTarget(tuple(frames), tuple(entries[number] for number in range(len(factors))))
+    return CodedTarget(tuple(frames), tuple(entries[task] for task in range(len(factors))))

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from rmmformat import planned
+from rmmformat import clusters
 from rmmformat.coding import MaxError, Method, Size
 from rmmformat.pipeline import ConvertReport, convert
 
@@ -39,7 +39,7 @@ ROWS: tuple[Row, ...] = (
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """The planner as it is, but blind to what tasks share."""
-    with mock.patch.object(planned, "frames", return_value=[]):
+    with mock.patch.object(clusters, "frames", return_value=[]):
         yield
 
 

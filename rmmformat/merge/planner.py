@@ -38,10 +38,12 @@ DISTORTION = 0.98
 SLOPE = 1.53
 #: Steps that a row's deviation may have: beyond 14 bits a value the tables of the trellis end.
 FINEST = 16000.0
-#: Entries that are so few that calls cost more than what they compute.
-_FEW = 8
 #: How a step follows the error of its entry, see :func:`allocate`.
 EXPONENT = 0.25
+#: How a step follows the norm of its delta: 0 weighs relative errors alike, 1 absolute ones.
+NORM_EXPONENT = 0.0
+#: Norms further than this factor from the middle count as if they were there.
+_NORM_RANGE = 4.0
 
 
 def value_bits(octaves: F64) -> F64:
@@ -67,6 +69,10 @@ class Spectra:
         (E,): how many tasks have the entry (equal ones are stored once).
     exact
         (E,) bool: entries that can only be stored exactly.
+    rate
+        (E,): bytes over those that the entry would take alone, where tasks share; 1 otherwise.
+    norm
+        (E,): Frobenius norm of the delta as applied, for :func:`allocate`; only ratios matter.
     """
 
     energy: F64
@@ -75,6 +81,8 @@ class Spectra:
     exact_bytes: F64
     weight: F64
     exact: npt.NDArray[np.bool_]
+    rate: F64
+    norm: F64
 
     @classmethod
     def collect(
@@ -85,6 +93,8 @@ class Spectra:
         exact_bytes: Sequence[int],
         weight: Sequence[int] | None = None,
         exact: Sequence[bool] | None = None,
+        rate: Sequence[float] | None = None,
+        norm: Sequence[float] | None = None,
     ) -> Spectra:
         """Put deltas of different ranks side by side.
 
@@ -96,7 +106,9 @@ class Spectra:
         n = len(energies)
         weight = [1] * n if weight is None else weight
         exact = [False] * n if exact is None else exact
-        if {len(n_in), len(n_out), len(exact_bytes), len(weight), len(exact)} != {n}:
+        rate = [1.0] * n if rate is None else rate
+        norm = [1.0] * n if norm is None else norm
+        if {*map(len, (n_in, n_out, exact_bytes, weight, exact, rate, norm))} != {n}:
             raise ShapeError("statistics of deltas differ in number")
         table = np.zeros((n, max((len(e) for e in energies), default=0)))
         for row, energy in zip(table, energies, strict=True):
@@ -109,17 +121,8 @@ class Spectra:
             np.array(exact_bytes, np.float64),
             np.array(weight, np.float64),
             np.array(exact, np.bool_),
-        )
-
-    def repeated(self, times: int) -> Spectra:
-        """All entries, that many times over."""
-        return Spectra(
-            np.tile(self.energy, (times, 1)),
-            np.tile(self.n_in, times),
-            np.tile(self.n_out, times),
-            np.tile(self.exact_bytes, times),
-            np.tile(self.weight, times),
-            np.tile(self.exact, times),
+            np.array(rate, np.float64),
+            np.array(norm, np.float64),
         )
 
 
@@ -181,7 +184,7 @@ def predict(spectra: Spectra, steps: F64) -> Allocation:
         restored *= np.maximum(0.0, 1.0 - distortion / np.exp2(2.0 * octaves))
         bits += (n * (octaves + np.interp(octaves, _OCTAVES, _EXCESS)) * active).sum(axis=1)
     error = np.sqrt(np.maximum(0.0, energy.sum(axis=1) - restored.sum(axis=1)))
-    n_bytes = np.where(counts > 0, bits / 8 + _bookkeeping(spectra, counts), 0.0)
+    n_bytes = spectra.rate * np.where(counts > 0, bits / 8 + _bookkeeping(spectra, counts), 0.0)
     exact = spectra.exact | (n_bytes >= spectra.exact_bytes)
     exact &= spectra.exact | (energy.sum(axis=1) > 0)
     return Allocation(
@@ -200,33 +203,18 @@ def steps_for_error(spectra: Spectra, error: float) -> F64:
     (E,) float64
     """
     low, high = _finest(spectra), np.full(len(spectra.n_in), 1.0)
-    n = len(low)
-    # For few entries the calls take most of the time: their bisection is done five levels at once.
-    levels = 5 if n <= _FEW else 1
-    cells = 2**levels
-    many = spectra.repeated(cells - 1)
-    entries = np.arange(n)
-    for _ in range(40 // levels):
-        bounds = np.empty((cells + 1, n))
-        bounds[0], bounds[cells] = low, high
-        width = cells
-        while width > 1:
-            bounds[width // 2 :: width] = np.sqrt(bounds[:-1:width] * bounds[width::width])
-            width //= 2
-        good = predict(many, bounds[1:-1].reshape(-1)).errors.reshape(-1, n) <= error
-        at = np.zeros(n, np.int64)
-        for level in range(levels):
-            half = cells >> (level + 1)
-            at += half * good[at + half - 1, entries]
-        low, high = bounds[at, entries], bounds[at + 1, entries]
+    for _ in range(40):
+        middle = np.sqrt(low * high)
+        good = predict(spectra, middle).errors <= error
+        low, high = np.where(good, middle, low), np.where(good, high, middle)
     return low
 
 
 def allocate(spectra: Spectra, budget: float, exponent: float = EXPONENT) -> Allocation:
     """Choose the steps of all entries for a number of bytes.
 
-    Entry e gets the step ``c * error_e^exponent / sqrt(weight_e)`` with one c for all, the least
-    whose bytes fit the budget.  To minimise the sum of error_e^p, the steps must follow with
+    Entry e gets the step ``c * error_e^exponent * sqrt(rate_e / weight_e)`` with one c for all, the
+    least whose bytes fit the budget.  To minimise the sum of error_e^p, the steps must follow with
     exponent (2 - p) / 2: 0 is best for the root mean square, 1/2 for the mean.  Between them the
     mean moves by 1 to 2.5 %, the largest error by a lot, so the default is 1/4.
 
@@ -277,7 +265,7 @@ def allocate(spectra: Spectra, budget: float, exponent: float = EXPONENT) -> All
 
 def _steps_at(spectra: Spectra, c: float, exponent: float, floor: F64) -> Allocation:
     """Allocation in which step and error of each entry agree with c."""
-    unit = c / np.sqrt(spectra.weight)
+    unit = c * np.sqrt(spectra.rate / spectra.weight) * _importance(spectra.norm)
     steps = np.maximum(unit, floor)
     for _ in range(12 if exponent else 1):
         found = predict(spectra, steps)
@@ -288,6 +276,19 @@ def _steps_at(spectra: Spectra, c: float, exponent: float, floor: F64) -> Alloca
             break
         steps = after
     return predict(spectra, steps)
+
+
+def _importance(norm: F64) -> F64:
+    """What steps are multiplied by for the norm of each delta; 1 for one that is zero."""
+    counts = np.isfinite(norm) & (norm > 0)
+    found = np.ones(len(norm))
+    if counts.any():
+        octaves = np.log2(norm[counts])
+        limit = np.log2(_NORM_RANGE)
+        found[counts] = np.exp2(
+            -NORM_EXPONENT * np.clip(octaves - np.median(octaves), -limit, limit)
+        )
+    return found
 
 
 def _finest(spectra: Spectra) -> F64:

@@ -81,10 +81,30 @@ def test_nothing_fits_in_nothing() -> None:
 
 def test_what_many_tasks_have_is_coded_finer() -> None:
     s = spectra(2, seed=3, weight=[1, 1])
-    same = Spectra(s.energy[[0, 0]], s.n_in[[0, 0]], s.n_out[[0, 0]], s.exact_bytes[[0, 0]],
-                   np.array([1.0, 9.0]), s.exact)  # fmt: skip
-    found = allocate(same, 0.1 * same.exact_bytes.sum())
+    found = allocate(twins(s, weight=[1, 9]), 0.2 * s.exact_bytes[0])
     assert found.errors[1] < 0.6 * found.errors[0]
+
+
+def test_where_sharing_makes_bytes_cheap_steps_are_finer() -> None:
+    same = twins(spectra(2, seed=3), rate=[1.0, 0.4])
+    found = allocate(same, 0.1 * same.exact_bytes.sum())
+    assert found.steps[1] < 0.8 * found.steps[0]
+    assert found.n_bytes[1] < found.n_bytes[0]
+    assert found.errors[1] < found.errors[0]
+    plain = allocate(twins(spectra(2, seed=3)), 0.1 * same.exact_bytes.sum())
+    assert found.errors.mean() < plain.errors.mean()
+    assert found.errors[0] < plain.errors[0]  # what one saves is given to the other
+
+
+def twins(s: Spectra, **options: object) -> Spectra:
+    """The first entry twice, but for what is said."""
+    return Spectra.collect(
+        [s.energy[0]] * 2,
+        [int(s.n_in[0])] * 2,
+        [int(s.n_out[0])] * 2,
+        [int(s.exact_bytes[0])] * 2,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def test_zero_deltas_cost_nothing() -> None:
