@@ -279,7 +279,8 @@ def merge_tasks(
         stack = np.zeros((n, rank, stop - start))
         for rows, x in zip(stack, factors, strict=True):
             rows[: x.shape[0]] = x[:, start:stop]
-        found = _native.find_principal(stack, group, components, center, 1)
+        # A block may be no more than what is left behind the whole groups.
+        found = _native.find_principal(stack, min(group, stop - start), components, center, 1)
         if found is None:
             raise NonFiniteError("factors hold NaN, infinity or values beyond float32")
         mean[:, start:stop], basis[:, :, start:stop] = found[:2]
