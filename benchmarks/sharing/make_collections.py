@@ -19,6 +19,7 @@ draws     32   16   query and value of the last two layers, at the rate of gentl
 many      100  8    query and value of the last layer; each adapter has a task and a draw of rows of
                     its own, all start from one A
 manyapart 100  8    the same, each with a seed of its own
+families  12   16   links to four of continued, four of gentle and four of apart, made after these
 ========= ==== ==== ================================================================================
 """
 
@@ -202,11 +203,20 @@ def many(out: Path, kind: str, trainer: Trainer) -> None:
         save(out / f"{number:03d}-{task}", adapter, rank)
 
 
+def families(out: Path, collections: Path) -> None:
+    """Three kinds in one collection: each adapter is a link."""
+    out.mkdir(parents=True)
+    for kind in ("continued", "gentle", "apart"):
+        for task in TASKS[:4]:
+            (out / f"{kind}-{task}").symlink_to((collections / kind / task).resolve())
+
+
 def main() -> None:
     """Make what is asked for; what is there already stays."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     names = ("oneseed", "gentle", "apart", "continued", "frozen", "draws", "many", "manyapart")
+    names = (*names, "families")
     parser.add_argument("collections", nargs="*", default=names, metavar="COLLECTION")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -219,6 +229,9 @@ def main() -> None:
         if folder.exists():
             continue
         print(name, flush=True)
+        if name == "families":
+            families(folder, arguments.out)
+            continue
         shape = shapes.get(name, (2, ALL))
         if shape not in trainers:
             trainers[shape] = Trainer(*shape)

@@ -30,6 +30,7 @@ ROWS: tuple[Row, ...] = (
     ("gentle", None, BOUNDS),
     ("oneseed", None, BOUNDS),
     ("apart", None, (0.2, 0.05)),
+    ("families", None, BOUNDS),
     *(("draws", n, (0.2, 0.05)) for n in (4, 8, 16, 32)),
     *(("many", n, (0.2, 0.05)) for n in (10, 30, 100)),
     ("manyapart", 100, (0.2, 0.05)),
@@ -87,7 +88,7 @@ def main() -> None:
     ]
     jobs += [
         (arguments.collections / name, None, "size", size)
-        for name in ("continued", "gentle", "many")
+        for name in ("continued", "gentle", "families", "many")
         for size in SIZES
     ]
     for folder in arguments.folders:
