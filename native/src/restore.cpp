@@ -154,7 +154,7 @@ void Restorer::prepare_coefficients(uint32_t k, uint32_t n_rows, uint64_t first,
             coefficient_[t] = values;
             continue;
         }
-        float spread[TILE];  // the values may be in `buffer` themselves
+        float spread[LONGEST_TILE];  // the values may be in `buffer` themselves
         for (uint64_t i = 0, at = 0, left = group - first % group; i < n; ++i) {
             spread[i] = values[at];
             if (--left == 0) {
@@ -358,7 +358,8 @@ void Restorer::write(int dtype, uint8_t* out, uint64_t first, uint64_t last, boo
     if (factor_ == 1 && (reinterpret_cast<uintptr_t>(out) % 64 != 0 || (position % 64 != 0 && 64 % position != 0))) {
         past = false;
     }
-    for (; first < last; first += TILE) tile(dtype, out, first, std::min(TILE, last - first), past);
+    const uint64_t step = plan_.n_positions <= LONGEST_TILE ? LONGEST_TILE : TILE;
+    for (; first < last; first += step) tile(dtype, out, first, std::min(step, last - first), past);
 }
 
 }  // namespace rmm

@@ -39,6 +39,10 @@ class Rows {
     size_t last_ = 0;
 };
 
+// Rows up to so long are worked on whole: memory is then read from one end to the other.
+constexpr uint64_t LONGEST_TILE = 1024;
+static_assert(LONGEST_TILE >= TILE && LONGEST_TILE % BLOCK == 0, "buffers hold either");
+
 // Reconstructs factors, one thread's worth: buffers are kept from one to the next.
 class Restorer {
   public:
@@ -88,10 +92,11 @@ class Restorer {
     std::vector<std::unique_ptr<Pending>> pending_;
     std::vector<std::unique_ptr<float[]>> decoded_;
 
-    alignas(64) float panel_[PANEL_ROWS][TILE];
-    alignas(64) float terms_[TERMS][TILE];
-    alignas(64) float coefficients_at_[TERMS][TILE + BLOCK];
-    alignas(64) uint16_t halves_[PANEL_ROWS][TILE];
+    // A line longer than a power of two: rows at the same position then share no place in a cache.
+    alignas(64) float panel_[PANEL_ROWS][LONGEST_TILE + 16];
+    alignas(64) float terms_[TERMS][LONGEST_TILE + 16];
+    alignas(64) float coefficients_at_[TERMS][LONGEST_TILE + BLOCK];
+    alignas(64) uint16_t halves_[PANEL_ROWS][LONGEST_TILE + 32];
     const f32u* coefficient_[TERMS];
     bool scalar_ = false;
     const Kernels& kernels_ = kernels();
