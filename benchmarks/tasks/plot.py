@@ -48,7 +48,7 @@ SERIES = {
     "planned": ("planner: rmm convert --size", PLANNER, "o", "-"),
     "rmm": ("RMM as published, p = 1, 3", PUBLISHED, "s", "-"),
     "aligned": ("RMM p = 3 aligned (SVD)", ALIGNED, "D", "none"),
-    "blocks": ("plain blocks of 2, 3, 4 bits", BLOCKS, "v", "-"),
+    "blocks": ("plain blocks of 2, 3, 4, 8 bits", BLOCKS, "v", "-"),
     "emr": ("EMR-Merging", EMR, "P", "none"),
     "task-arithmetic": ("Task Arithmetic", QUIET, "x", "none"),
     "ties": ("TIES", QUIET, "+", "none"),
@@ -108,7 +108,7 @@ def panel(axes: Any, found: Mapping[str, Any], title: str) -> None:
                           textcoords="offset points", color=QUIET)  # fmt: skip
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xscale("log")
-    axes.set_xlim(0.38, 270)
+    axes.set_xlim(0.38, 300)
     ticks = (0.5, 1, 1.5, 3, 6, 12, 25, 50, 100)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
