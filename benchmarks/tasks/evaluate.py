@@ -129,23 +129,34 @@ def _run(task: str, deltas: Mapping[str, Any], head: Mapping[str, Any]) -> np.nd
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Render a comparison (the JSON of ``rmm compare``) as Markdown."""
+    """Render a comparison (the JSON of ``rmm compare``) as Markdown.
+
+    The size is that of the whole file without heads where the method has a file, else of its
+    factors, in per cent of the originals' in float32.
+    """
     tasks = [t for t in found["tasks"] if any(t in (r["scores"] or {}) for r in found["rows"])]
-    head = ["method", "factors, %", "file but heads, %", "error, %", *tasks, "mean", "change"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    head = ["method", "size %", "error %", *tasks, "mean", "change"]
+    lines = [head, ["---"] * len(head)]
     for row in found["rows"]:
         if row["scores"] is None:
             continue
-        whole, change, doubt = row["file_bytes"], row["change"], row["change_error"]
+        method, change, doubt = row["method"], row["change"], row["change_error"]
+        if row["family"] == "planned":
+            method = f"`--size {100 * row['parameters']['size']:.3g}%`"
+        if row["family"] == "exact":
+            method, change = "originals (individual)", None
+        n_bytes = row["n_bytes"] if row["file_bytes"] is None else row["file_bytes"]
+        size = 100 * n_bytes / found["f32_bytes"]
         lines.append(
             [
-                row["method"],
-                f"{100 * row['fraction']:.2f}",
-                "" if whole is None else f"{100 * whole / found['f32_bytes']:.2f}",
+                method,
+                f"{size:.2f}" if size < 10 else f"{size:.1f}",
                 f"{100 * row['mean_error']:.1f}",
                 *(f"{row['scores'][task]:.1f}" for task in tasks),
                 f"{row['score']:.2f}",
-                "" if change is None or doubt is None else f"{change:+.2f} ± {doubt:.2f}",
+                ""
+                if change is None or doubt is None
+                else f"{change:+.2f} ± {doubt:.2f}".replace("-", "−"),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
