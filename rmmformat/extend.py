@@ -7,14 +7,14 @@ measured, and whoever adds it is told.  Reads and writes no file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from rmmformat.coding import Published, code_target
 from rmmformat.format.encodings import by_name
-from rmmformat.format.parts import EncodedArray, EntryData
+from rmmformat.format.parts import EncodedArray, EntryData, FramePart
 from rmmformat.format.restore import sum_terms
 from rmmformat.merge.gauge import align as align_factors
 from rmmformat.merge.project import project
@@ -77,7 +77,7 @@ def extend_target(job: Extension, factors: Sequence[Factors]) -> CodedTarget:
             entries[number] = min(tried, key=lambda entry: entry.error)
         else:
             left.append(number)
-    frames: tuple[object, ...] = ()
+    frames: Iterable[tuple[FramePart | None, FramePart | None]] = ()
     if left:
         own = code_target(job.method, [factors[number] for number in left])
         frames = own.frames
@@ -85,7 +85,7 @@ def extend_target(job: Extension, factors: Sequence[Factors]) -> CodedTarget:
             cluster = entry.cluster + job.known_frames
             entries[number] = dataclasses.replace(entry, cluster=cluster)
     ordered = tuple(entries[number] for number in range(len(factors)))
-    return CodedTarget(frames, ordered, job.known_frames)  # type: ignore[arg-type]
+    return CodedTarget(tuple(frames), ordered, job.known_frames)
 
 
 def _projected(method: Published, frame: KnownFrame, original: Factors) -> EntryData:
