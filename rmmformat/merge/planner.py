@@ -38,6 +38,8 @@ DISTORTION = 0.98
 SLOPE = 1.53
 #: Steps that a row's deviation may have: beyond 14 bits a value the tables of the trellis end.
 FINEST = 16000.0
+#: Entries that are so few that calls cost more than what they compute.
+_FEW = 8
 #: How a step follows the error of its entry, see :func:`allocate`.
 EXPONENT = 0.25
 #: How a step follows the norm of its delta: 0 weighs relative errors alike, 1 absolute ones, which
@@ -127,6 +129,16 @@ class Spectra:
             np.array(norm, np.float64),
         )
 
+    def repeated(self, times: int) -> Spectra:
+        """All entries, that many times over."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Spectra(
+            **{
+                name: np.tile(values, (times,) + (1,) * (values.ndim - 1))
+                for name, values in fields.items()
+            }
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
@@ -205,10 +217,25 @@ def steps_for_error(spectra: Spectra, error: float) -> F64:
     (E,) float64
     """
     low, high = _finest(spectra), np.full(len(spectra.n_in), 1.0)
-    for _ in range(40):
-        middle = np.sqrt(low * high)
-        good = predict(spectra, middle).errors <= error
-        low, high = np.where(good, middle, low), np.where(good, high, middle)
+    n = len(low)
+    # For few entries the calls take most of the time: their bisection is done five levels at once.
+    levels = 5 if n <= _FEW else 1
+    cells = 2**levels
+    many = spectra.repeated(cells - 1)
+    entries = np.arange(n)
+    for _ in range(40 // levels):
+        bounds = np.empty((cells + 1, n))
+        bounds[0], bounds[cells] = low, high
+        width = cells
+        while width > 1:
+            bounds[width // 2 :: width] = np.sqrt(bounds[:-1:width] * bounds[width::width])
+            width //= 2
+        good = predict(many, bounds[1:-1].reshape(-1)).errors.reshape(-1, n) <= error
+        at = np.zeros(n, np.int64)
+        for level in range(levels):
+            half = cells >> (level + 1)
+            at += half * good[at + half - 1, entries]
+        low, high = bounds[at, entries], bounds[at + 1, entries]
     return low
 
 
