@@ -220,15 +220,20 @@ def show(title: str, rows: list[Row], columns: Columns) -> None:
     CONSOLE.print(table)
 
 
+def measured(folder: Path, counts: list[int], methods: list[str], out: Path) -> list[Row]:
+    """A row for each method and number of adapters."""
+    return [
+        {"method": method, **measure(folder, n, METHODS[method], out)}
+        for method in methods
+        for n in counts
+    ]
+
+
 def times(work: Path, counts: list[int], methods: list[str]) -> list[Row]:
     """Seconds per task."""
     folder = work / "tiny"
     make_adapters(folder, max(counts), TINY, 2, np.float32)
-    rows = [
-        {"method": method, **measure(folder, n, METHODS[method], work / "x.rmm")}
-        for method in methods
-        for n in counts
-    ]
+    rows = measured(folder, counts, methods, work / "x.rmm")
     show(
         f"tiny adapters of {len(TINY)} targets, rank 2; milliseconds per task",
         rows,
@@ -258,11 +263,7 @@ def layers_of(work: Path, n: int, layers: int) -> Path:
 def memory(work: Path, counts: list[int], methods: list[str], layers: int) -> list[Row]:
     """Peak memory."""
     folder = layers_of(work, max(counts), layers)
-    rows = [
-        {"method": method, **measure(folder, n, METHODS[method], work / "x.rmm")}
-        for method in methods
-        for n in counts
-    ]
+    rows = measured(folder, counts, methods, work / "x.rmm")
     show(
         f"adapters with the shapes of {layers} of 32 layers of a 7B model, rank 16, float32",
         rows,
