@@ -33,6 +33,14 @@
 #define RMM_PRINTF(f, a)
 #endif
 
+#if defined(__clang__)
+#define RMM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define RMM_UNROLL _Pragma("GCC unroll 16")
+#else
+#define RMM_UNROLL
+#endif
+
 namespace rmm {
 
 // Numbers at any alignment: small runs are packed right behind each other.

@@ -16,14 +16,6 @@
 #endif
 #endif
 
-#if defined(__clang__)
-#define RMM_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define RMM_UNROLL _Pragma("GCC unroll 16")
-#else
-#define RMM_UNROLL
-#endif
-
 namespace rmm {
 namespace trellis {
 namespace {
